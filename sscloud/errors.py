@@ -1,0 +1,50 @@
+"""Every error that SSCloud raises on purpose.
+
+    SSCloudError            one line for a person: what was found, what was expected, what to do next
+    ├── SchemaError         a label schema is wrong, or a label is not in it
+    ├── ImageError          bytes are no picture that can be used: broken, truncated, too large, too small
+    ├── BundleError         a bundle or a checkpoint cannot be read or does not fit
+    ├── DatasetError        a folder of panoramas and masks cannot be used
+    ├── ArchiveError        an exported archive is broken, hostile or of an unknown layout
+    ├── RequestError        a request to the function is wrong; answered with status 400
+    ├── TrainingError       training cannot go on: out of memory, numbers that are no numbers
+    └── ConfigError         a setting, a path or a command-line value is wrong
+
+Anything else that escapes is a defect of SSCloud.
+"""
+
+
+class SSCloudError(Exception):
+    """Base of all errors with a message for a person."""
+
+
+class SchemaError(SSCloudError):
+    """A label schema is wrong, or a label is not in it."""
+
+
+class ImageError(SSCloudError):
+    """Bytes are no picture that can be used."""
+
+
+class BundleError(SSCloudError):
+    """A bundle or a checkpoint cannot be read or does not fit."""
+
+
+class DatasetError(SSCloudError):
+    """A folder of panoramas and masks cannot be used."""
+
+
+class ArchiveError(SSCloudError):
+    """An exported archive is broken, hostile or of an unknown layout."""
+
+
+class RequestError(SSCloudError):
+    """A request to the function is wrong."""
+
+
+class TrainingError(SSCloudError):
+    """Training cannot go on."""
+
+
+class ConfigError(SSCloudError):
+    """A setting, a path or a command-line value is wrong."""

@@ -1,0 +1,227 @@
+"""UNet with the parameter names and shapes of milesial/Pytorch-UNet, and convolutions that may wrap around a panorama.
+
+The architecture is Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation" (2015), in the
+padded, batch-normalised form of https://github.com/milesial/Pytorch-UNet, whose state dicts load here.
+
+Wrapping: column 0 and column W-1 of a panorama are neighbours. With `wrap`, every operation that looks sideways takes
+its missing columns from the other side, so a roll of the input by a multiple of 16 columns rolls the output (where 16
+divides the width). At widths that a pooling does not divide, it completes its last cell with the first column; on the
+way up that surplus column is cut again. Without `wrap`, everything is as in milesial's network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sscloud.errors import BundleError
+
+Upsampling = Literal["transposed", "bilinear", "bilinear-aligned"]
+
+STRIDE = 16
+"""Input pixels a cell of the innermost level covers along each side; also the smallest input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """All that is needed to build a `UNet`; part of a bundle's manifest."""
+
+    classes: int
+    """Output channels."""
+    base_width: int = 64
+    """Channels of the first level; doubles with each level. 64 in the original."""
+    upsampling: Upsampling = "transposed"
+    """`bilinear-aligned` is milesial's bilinear variant (align_corners=True), which cannot wrap."""
+    wrap: bool = True
+    """Whether panoramas are convolved around their seam."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.classes <= 256:
+            raise BundleError(f"A network has 1 to 256 classes, found {self.classes}.")
+        if not 1 <= self.base_width <= 512:
+            raise BundleError(f"The base width is 1 to 512 channels, found {self.base_width}.")
+        if self.wrap and self.upsampling == "bilinear-aligned":
+            raise BundleError(
+                "milesial's bilinear up-sampling (align_corners=True) moves columns by a distance that depends on "
+                "where they are, so it cannot wrap. Use upsampling 'bilinear', or wrap off."
+            )
+
+
+class UNet(nn.Module):
+    """(N, 3, H, W) float in 0..1 → logits (N, classes, H, W).
+
+    Args:
+        architecture: what to build.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        width, upsampling = architecture.base_width, architecture.upsampling
+        factor = 1 if upsampling == "transposed" else 2
+        self.inc = _DoubleConv(3, width)
+        self.down1 = _Down(width, width * 2)
+        self.down2 = _Down(width * 2, width * 4)
+        self.down3 = _Down(width * 4, width * 8)
+        self.down4 = _Down(width * 8, width * 16 // factor)
+        self.up1 = _Up(width * 16, width * 8 // factor, upsampling)
+        self.up2 = _Up(width * 8, width * 4 // factor, upsampling)
+        self.up3 = _Up(width * 4, width * 2 // factor, upsampling)
+        self.up4 = _Up(width * 2, width, upsampling)
+        self.outc = _OutConv(width, architecture.classes)
+
+    def forward(self, x: Tensor, *, wrap: bool | None = None) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            x: (N, 3, H, W), H and W at least 16.
+            wrap: False for crops, which have no seam; by default as the architecture says.
+        """
+        around = self.architecture.wrap if wrap is None else wrap and self.architecture.wrap
+        x1 = self.inc(x, wrap=around)
+        x2 = self.down1(x1, wrap=around)
+        x3 = self.down2(x2, wrap=around)
+        x4 = self.down3(x3, wrap=around)
+        x5 = self.down4(x4, wrap=around)
+        x = self.up1(x5, x4, wrap=around)
+        x = self.up2(x, x3, wrap=around)
+        x = self.up3(x, x2, wrap=around)
+        x = self.up4(x, x1, wrap=around)
+        logits: Tensor = self.outc(x)
+        return logits
+
+
+class _DoubleConv(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None) -> None:
+        super().__init__()
+        mid = mid_channels or out_channels
+        # The indices in this Sequential are part of the parameter names.
+        self.double_conv = nn.Sequential(
+            nn.Conv2d(in_channels, mid, 3, padding=1, bias=False),
+            nn.BatchNorm2d(mid),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(mid, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x: Tensor, *, wrap: bool) -> Tensor:
+        for layer in self.double_conv:
+            if wrap and isinstance(layer, nn.Conv2d):
+                x = F.conv2d(_wrapped(x, 1), layer.weight, padding=(1, 0))
+            else:
+                x = layer(x)
+        return x
+
+
+class _Down(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), _DoubleConv(in_channels, out_channels))
+
+    def forward(self, x: Tensor, *, wrap: bool) -> Tensor:
+        if wrap and x.shape[3] % 2:
+            x = torch.cat([x, x[..., :1]], dim=3)
+        pool, conv = self.maxpool_conv
+        y: Tensor = conv(pool(x), wrap=wrap)
+        return y
+
+
+class _Up(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, upsampling: Upsampling) -> None:
+        super().__init__()
+        self.upsampling = upsampling
+        self.up: nn.Module
+        if upsampling == "transposed":
+            self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
+            self.conv = _DoubleConv(in_channels, out_channels)
+        else:
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=upsampling == "bilinear-aligned")
+            self.conv = _DoubleConv(in_channels, out_channels, in_channels // 2)
+
+    def forward(self, below: Tensor, skip: Tensor, *, wrap: bool) -> Tensor:
+        if wrap and self.upsampling != "transposed":
+            x = self.up(_wrapped(below, 1))[..., 2:-2]
+        else:
+            x = self.up(below)
+        if wrap:
+            x = x[..., : skip.shape[3]]  # the way down completed its last cell with the first column
+        missing_y = skip.shape[2] - x.shape[2]
+        missing_x = skip.shape[3] - x.shape[3]
+        x = F.pad(x, [missing_x // 2, missing_x - missing_x // 2, missing_y // 2, missing_y - missing_y // 2])
+        y: Tensor = self.conv(torch.cat([skip, x], dim=1), wrap=wrap)
+        return y
+
+
+class _OutConv(nn.Module):
+    def __init__(self, in_channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, classes, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+def _wrapped(x: Tensor, columns: int) -> Tensor:
+    return F.pad(x, [columns, columns, 0, 0], mode="circular")
+
+
+def architecture_of(state: Mapping[str, object], *, wrap: bool, source: str) -> Architecture:
+    """Find the architecture that fits a milesial state dict.
+
+    Args:
+        state: parameter name → tensor, without `mask_values`.
+        wrap: put into the result.
+        source: named in errors.
+
+    Raises:
+        BundleError: a tensor that decides is missing, no tensor, or has an impossible shape.
+    """
+
+    def shape(name: str, dimensions: int) -> torch.Size:
+        tensor = state.get(name)
+        if not isinstance(tensor, Tensor) or tensor.dim() != dimensions:
+            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise BundleError(
+                f"{source} is not a checkpoint of milesial's UNet: tensor {name!r} should have {dimensions} "
+                f"dimensions, found {'none of that name' if tensor is None else found}. "
+                f"Its first keys are {list(state)[:3]}."
+            )
+        return tensor.shape
+
+    transposed = any(name.startswith("up1.up.") for name in state)
+    return Architecture(
+        classes=shape("outc.conv.weight", 4)[0],
+        base_width=shape("inc.double_conv.0.weight", 4)[0],
+        upsampling="transposed" if transposed else "bilinear-aligned",
+        wrap=wrap,
+    )
+
+
+def load_state(model: UNet, state: Mapping[str, object], *, source: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        BundleError: names every missing, surplus or misshapen tensor.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name}: missing" for name in expected if name not in state]
+    problems += [f"{name}: not part of the network" for name in state if name not in expected]
+    for name, size in expected.items():
+        if name not in state:
+            continue
+        tensor = state[name]
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{name}: is a {type(tensor).__name__}, not a tensor")
+        elif tuple(tensor.shape) != size:
+            problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {size}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name}: holds values that are not finite")
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise BundleError(f"The tensors of {source} do not fit the network: {'; '.join(problems[:8])}{more}.")
+    model.load_state_dict(state)

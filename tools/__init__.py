@@ -1,0 +1,1 @@
+"""Commands for people. Nothing imports this package."""

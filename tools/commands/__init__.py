@@ -1,0 +1,1 @@
+"""One module a verb of `sscloud`; heavy imports live inside `run`."""

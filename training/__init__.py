@@ -1,0 +1,1 @@
+"""CVAT → dataset → run → bundle."""
