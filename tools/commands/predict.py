@@ -1,0 +1,87 @@
+"""`sscloud predict`: bundle + panoramas → label maps."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sscloud.inference import Predictor
+
+NAME = "predict"
+HELP = "segment panoramas into label-id PNGs"
+DESCRIPTION = """\
+Segment images and write one label map each: an 8-bit PNG of the image's size whose values are label ids. Scale,
+resampling, labels and the seam are the bundle's; nothing is asked for twice."""
+EXAMPLES = """\
+  sscloud predict runs/street/bundle scans/1_normals.jpg -o predicted
+  sscloud predict runs/street/bundle scans/ -o predicted      # every image of a folder
+  sscloud visualize scans/ --prediction predicted -o pictures"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `predict`."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a model's folder")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images, or folders of images")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the label maps")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda … (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", help="replace label maps that exist")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict, and say what was written."""
+    from sscloud.bundle import ModelBundle
+    from sscloud.errors import ConfigError
+    from sscloud.inference import Predictor
+
+    images = list_images(args.images)
+    outputs = [args.output / f"{image.stem}.png" for image in images]
+    if len(set(outputs)) < len(outputs):
+        twice = sorted({path.name for path in outputs if outputs.count(path) > 1})
+        raise ConfigError(f"Several images would be written to the same file: {', '.join(twice)}. Predict them apart.")
+    predict_files(
+        Predictor(ModelBundle.load(args.bundle), device=args.device), images, outputs, overwrite=args.overwrite
+    )
+    print(f"{len(outputs)} label map(s) in {args.output}")
+    return 0
+
+
+def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Write the label map of every image; refuses before the first when an output exists."""
+    from tqdm import tqdm
+
+    from sscloud.errors import ConfigError
+    from sscloud.image import write_label_map
+
+    existing = [path for path in outputs if path.exists()]
+    if existing and not overwrite:
+        raise ConfigError(f"{existing[0]} exists already ({len(existing)} such file(s)). Add --overwrite to replace.")
+    for image, output in tqdm(list(zip(images, outputs, strict=True)), "Predicting", unit="img", leave=False):
+        write_label_map(output, predictor.predict_file(image).label_map)
+
+
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """Images as given, folders replaced by the images in them.
+
+    Raises:
+        ConfigError: a path does not exist, or a folder holds no image.
+    """
+    from sscloud.errors import ConfigError
+
+    images: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+                and not file.name.startswith(".")
+            )
+            if not found:
+                raise ConfigError(f"The folder {path} holds no images.")
+            images += found
+        elif path.exists():
+            images.append(path)
+        else:
+            raise ConfigError(f"There is no image {path}.")
+    return images

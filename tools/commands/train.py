@@ -1,0 +1,135 @@
+"""`sscloud train`: data set → run."""
+
+import argparse
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+NAME = "train"
+HELP = "train a model on panoramas and masks"
+DESCRIPTION = """\
+Train a segmentation network on DATASET: a folder with imgs/ (panoramas) and masks/ (label maps of the same names,
+8-bit PNGs that hold label ids). Each panorama is decoded and scaled once, into DATASET/.cache.
+
+The run folder gets the configuration, checkpoints, metrics.csv and, at the end, bundle/: the best model with everything
+that prediction needs. Metrics also go to an MLflow store, a SQLite file beside the run unless MLFLOW_TRACKING_URI names
+another (look at it with: mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
+
+Stop it whenever you like: --resume goes on after the last whole epoch, with the same result."""
+EXAMPLES = """\
+  sscloud train scenes                                  # 50 epochs at scale 0.1 into runs/<date-time>
+  sscloud train data --epochs 80 --scale 0.2 --amp -o runs/street
+  sscloud train data -o runs/street --resume            # go on after Ctrl-C, a crash, a power cut
+  sscloud train data --load runs/street/bundle --epochs 10 --learning-rate 2e-4
+  torchrun --nproc-per-node 2 -m tools.cli train data -o runs/two   # two processes (GPUs)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `train`. Those that determine the result have no default here: `TrainConfig` knows them."""
+    suppress = argparse.SUPPRESS
+    parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder with imgs/ and masks/")
+    place = parser.add_argument_group("where")
+    place.add_argument("-o", "--output", type=Path, metavar="RUN", help="run folder (default: runs/<date-time>)")
+    place.add_argument("--resume", action="store_true", help="go on with the run in --output, or with the latest one")
+    place.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default: auto)")
+    place.add_argument("--cache", type=Path, metavar="DIR", help="scaled panoramas (default: DATASET/.cache)")
+    place.add_argument("--name", default="sscloud", help="name of the model (default: %(default)s)")
+    place.add_argument("--version", type=int, default=1, help="version of the model, a whole number (default: 1)")
+    place.add_argument("--wandb", action="store_true", help="also log to Weights & Biases, offline")
+    place.add_argument(
+        "--pth-checkpoints",
+        type=Path,
+        metavar="DIR",
+        help="also write checkpoint_epochN.pth files as Pytorch-UNet does",
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--labels", type=Path, default=suppress, help="label schema (default: DATASET/labels.yaml)")
+    what.add_argument("-e", "--epochs", type=int, default=suppress, metavar="N", help="default: 50")
+    what.add_argument("-b", "--batch-size", type=int, default=suppress, metavar="N", help="panoramas (default: 1)")
+    what.add_argument("-s", "--scale", type=float, default=suppress, metavar="F", help="of the sides (default: 0.1)")
+    what.add_argument("-l", "--learning-rate", type=float, default=suppress, metavar="LR", help="peak (default: 1e-3)")
+    what.add_argument("--weight-decay", type=float, default=suppress, metavar="WD", help="default: 1e-4")
+    what.add_argument(
+        "-v", "--validation", type=float, default=suppress, metavar="P", help="percent of the panoramas (default: 10)"
+    )
+    what.add_argument("--amp", action="store_true", default=suppress, help="mixed precision: faster, half the memory")
+    what.add_argument(
+        "-c",
+        "--classes",
+        type=int,
+        default=suppress,
+        metavar="N",
+        help="output channels (default: labels of the schema)",
+    )
+    what.add_argument(
+        "--base-width", type=int, default=suppress, metavar="N", help="channels of the first level (default: 64)"
+    )
+    what.add_argument("--bilinear", action="store_true", default=suppress, help="bilinear up-sampling: fewer weights")
+    what.add_argument(
+        "--no-wrap", dest="wrap", action="store_false", default=suppress, help="do not convolve around the seam"
+    )
+    what.add_argument(
+        "--resample", choices=("valid-area", "bicubic"), default=suppress, help="scaling filter (default: valid-area)"
+    )
+    what.add_argument(
+        "--no-augment", dest="augment", action="store_false", default=suppress, help="do not turn and mirror panoramas"
+    )
+    what.add_argument("-f", "--load", type=Path, default=suppress, metavar="MODEL", help="bundle or .pth to start from")
+    what.add_argument("--seed", type=int, default=suppress, metavar="N", help="default: 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and say where the model is."""
+    # Read by mlflow when it is imported: no reports to its makers, no remarks on a new store.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from sscloud.errors import ConfigError
+    from training.config import CONFIG, Place, TrainConfig, resumed_config
+    from training.train import train
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in given.items()}
+    given["dataset"] = str(args.dataset.resolve())
+    output = args.output
+    if output is None:
+        output = _latest(Path("runs"), CONFIG) if args.resume else Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    if output is None:
+        raise ConfigError("There is no run in runs/ to resume. Leave --resume out, or name the run with --output.")
+    resume = args.resume and (output / CONFIG).exists()
+    if args.resume and not resume:
+        print(f"Nothing to resume in {output} yet: starting.")
+    config = resumed_config(output, given) if resume else TrainConfig(**given)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    bundle = train(
+        config,
+        Place(
+            run=output,
+            resume=resume,
+            device=args.device,
+            cache=args.cache,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI"),
+            wandb=args.wandb,
+            checkpoints=args.pth_checkpoints,
+            name=args.name,
+            version=args.version,
+            rank=int(os.environ.get("RANK", "0")),
+            processes_per_node=local,
+            nodes=int(os.environ.get("WORLD_SIZE", "1")) // local,
+        ),
+    )
+    if bundle is not None:
+        metrics = bundle.manifest.metrics
+        quality = (
+            f", mIoU {metrics['validation_miou']:.3f} on the validation part" if "validation_miou" in metrics else ""
+        )
+        print(
+            f"The best model is in {bundle.path} (epoch {metrics['epoch']:.0f}{quality}).\n"
+            f"Next: sscloud evaluate {bundle.path} UNSEEN_DATASET, or sscloud package {bundle.path} -o FUNCTION"
+        )
+    return 0
+
+
+def _latest(runs: Path, config: str) -> Path | None:
+    """The run whose configuration was written last."""
+    return max((file.parent for file in runs.glob(f"*/{config}")), key=lambda run: run.stat().st_mtime, default=None)

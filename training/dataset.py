@@ -1,0 +1,373 @@
+"""A data set on disk: `imgs/` and `masks/` with the same stems, labels, and what is known of the panoramas.
+
+DATASET/
+  imgs/1_normals.jpg      panoramas
+  masks/1_normals.png     label maps: 8-bit, one channel, label ids
+  labels.yaml             optional; the users' schema otherwise
+  dataset.yaml            optional: encoding, elevation range, azimuth convention
+  .cache/                 panoramas and masks scaled for training, made once
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from sscloud.bundle import Azimuth
+from sscloud.errors import DatasetError, ImageError, SSCloudError
+from sscloud.files import atomic_write
+from sscloud.image import Encoding, Resample, image_size, read_image, read_label_map, resize_image, resize_label_map
+from sscloud.image import scaled_size as scaled_size_of
+from sscloud.labels import LabelSchema
+from sscloud.unet import STRIDE
+
+IMAGES, MASKS, LABELS, FACTS, CACHE = "imgs", "masks", "labels.yaml", "dataset.yaml", ".cache"
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"}
+_PROBLEMS_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What `dataset.yaml` says of all panoramas of a data set."""
+
+    encoding: Encoding = "normals"
+    elevation: tuple[float, float] | None = None
+    """Elevation of the top and bottom edge, degrees."""
+    azimuth: Azimuth | None = None
+    """None when unknown; then nothing may turn or mirror the normals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A panorama and its mask."""
+
+    name: str
+    image: Path
+    mask: Path
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFolder:
+    """An opened data set: every item has an image and a mask of the same size."""
+
+    path: Path
+    schema: LabelSchema
+    facts: Facts
+    items: tuple[Item, ...]
+
+    @property
+    def aspect(self) -> float:
+        """W/H that most panoramas have."""
+        ratios = [round(item.size_hw[1] / item.size_hw[0], 3) for item in self.items]
+        return max(sorted(set(ratios)), key=ratios.count)
+
+
+def open_dataset(path: Path, *, labels: Path | None = None) -> DatasetFolder:
+    """Find the items of a data set and check them as far as headers tell.
+
+    Args:
+        path: the folder that holds `imgs/` and `masks/`.
+        labels: a label schema to use instead of the data set's own.
+
+    Raises:
+        DatasetError: one error that names everything found wrong.
+        SchemaError: the label schema is wrong.
+    """
+    for folder in (path / IMAGES, path / MASKS):
+        if not folder.is_dir():
+            raise DatasetError(
+                f"{folder} is missing. A data set is a folder with {IMAGES}/ (panoramas) and {MASKS}/ (label maps of "
+                "the same names); `sscloud sample` makes one to try, `sscloud convert` makes one from an archive."
+            )
+    own = path / LABELS
+    schema = LabelSchema.from_yaml(labels or own) if labels or own.exists() else LabelSchema.default()
+    images, masks, problems = _by_stem(path / IMAGES), _by_stem(path / MASKS), []
+    for stems, kind in ((images, "images"), (masks, "masks")):
+        problems += [
+            f"{stem}: several {kind}: {', '.join(p.name for p in files)}"
+            for stem, files in stems.items()
+            if len(files) > 1
+        ]
+    problems += [f"{images[stem][0]}: has no mask {MASKS}/{stem}.png" for stem in sorted(images.keys() - masks.keys())]
+    problems += [f"{masks[stem][0]}: has no image {IMAGES}/{stem}.jpg" for stem in sorted(masks.keys() - images.keys())]
+    items = []
+    for stem in sorted(images.keys() & masks.keys(), key=_natural):
+        image, mask = images[stem][0], masks[stem][0]
+        try:
+            image_hw, mask_hw = image_size(image), image_size(mask)
+        except ImageError as error:
+            problems.append(str(error))
+            continue
+        if image_hw != mask_hw:
+            problems.append(
+                f"{stem}: the image is {image_hw[1]}x{image_hw[0]}, its mask {mask_hw[1]}x{mask_hw[0]}; "
+                "they must be of one size"
+            )
+        items.append(Item(name=stem, image=image, mask=mask, size_hw=image_hw))
+    _raise_if(problems, path)
+    if not items:
+        raise DatasetError(f"{path / IMAGES} holds no images ({', '.join(sorted(_SUFFIXES))}).")
+    return DatasetFolder(path=path, schema=schema, facts=read_facts(path / FACTS), items=tuple(items))
+
+
+def read_facts(path: Path) -> Facts:
+    """Read `dataset.yaml`; a missing file says nothing.
+
+    Raises:
+        DatasetError: not YAML, unknown keys, values out of range.
+    """
+    if not path.exists():
+        return Facts()
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DatasetError(f"{path} cannot be read as YAML: {error}") from error
+    known = {"encoding", "elevation", "azimuth"}
+    if not isinstance(data, dict) or data.keys() - known:
+        raise DatasetError(f"{path}: expected the keys {sorted(known)}, found {data!r:.200}.")
+    encoding, elevation, azimuth = data.get("encoding", "normals"), data.get("elevation"), data.get("azimuth")
+    if encoding not in ("normals", "rgb"):
+        raise DatasetError(f"{path}: 'encoding' is normals or rgb, found {encoding!r}.")
+    try:
+        return Facts(
+            encoding=encoding,
+            elevation=None if elevation is None else _elevation(elevation),
+            azimuth=None if azimuth is None else _azimuth(azimuth),
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise DatasetError(
+            f"{path}: {error}. Expected elevation: [90, -90] and azimuth: {{direction: 1, column_0: 0.0}} (degrees)."
+        ) from error
+
+
+def _elevation(value: Any) -> tuple[float, float]:
+    top, bottom = (float(angle) for angle in value)
+    if not -90 <= bottom < top <= 90:
+        raise ValueError(f"'elevation' runs from the top down within 90 to -90 degrees, found {value!r}")
+    return top, bottom
+
+
+def _azimuth(value: Any) -> Azimuth:
+    direction: Literal[1, -1] = {1: 1, -1: -1}[value["direction"]]  # type: ignore[assignment]
+    return Azimuth(direction=direction, column_0=float(value["column_0"]))
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."):
+            found.setdefault(file.stem, []).append(file)
+    return found
+
+
+def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts 2_normals before 10_normals."""
+    digits = "".join(character if character.isdigit() else " " for character in name).split()
+    return (*((0, int(number)) for number in digits), (1, name))
+
+
+def _raise_if(problems: Sequence[str], path: Path) -> None:
+    if problems:
+        more = f"\n  … and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+        lines = "".join(f"\n  {problem}" for problem in problems[:_PROBLEMS_SHOWN])
+        raise DatasetError(f"{path} cannot be used, {len(problems)} problem(s):{lines}{more}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedItem:
+    """A panorama scaled for training."""
+
+    name: str
+    image: Path
+    """.npy, (h, w, 3) uint8."""
+    mask: Path
+    """.npy, (h, w) uint8 label ids."""
+    pixels: dict[int, int]
+    """Pixels of each label id in the full-size mask."""
+    digest: str
+    """sha256 of the image file and the mask file."""
+
+
+def build_cache(
+    dataset: DatasetFolder, *, scale: float, resample: Resample, folder: Path, quiet: bool = False
+) -> list[CachedItem]:
+    """Decode and scale every panorama that `folder` does not hold yet, and check all masks.
+
+    Raises:
+        DatasetError: unreadable files, ids that the schema lacks, or panoramas too small at this scale; all at once.
+    """
+
+    def cache(item: Item) -> CachedItem | str:
+        try:
+            return _cached(item, dataset, scale=scale, resample=resample, folder=folder)
+        except SSCloudError as error:
+            return str(error)
+        except OSError as error:
+            return f"{error.filename or item.name}: {error.strerror}. Name a folder for scaled panoramas with --cache"
+
+    # Decoders and filters release the interpreter lock; more threads would only hold more full-size panoramas at once.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.map(cache, dataset.items)
+        results = list(tqdm(found, "Scaling panoramas", len(dataset.items), unit="img", leave=False, disable=quiet))
+    _raise_if([result for result in results if isinstance(result, str)], dataset.path)
+    return [result for result in results if isinstance(result, CachedItem)]
+
+
+def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resample, folder: Path) -> CachedItem:
+    size_hw = scaled_size_of(item.size_hw, scale)
+    if min(size_hw) < STRIDE:
+        raise DatasetError(
+            f"{item.image}: {item.size_hw[1]}x{item.size_hw[0]} at scale {scale:g} is {size_hw[1]}x{size_hw[0]}; the "
+            f"network needs at least {STRIDE} pixels on each side. Use a larger --scale"
+        )
+    state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (item.image, item.mask)]
+    key = hashlib.sha256(repr((state, size_hw, resample, dataset.facts.encoding)).encode()).hexdigest()[:16]
+    stem = folder / f"{item.name}-{key}"
+    meta, image_npy, mask_npy = (stem.with_name(stem.name + end) for end in (".json", ".image.npy", ".mask.npy"))
+    if not meta.exists():  # written last, so the arrays are whole when it is there
+        label_map = read_label_map(item.mask)
+        counts = np.bincount(label_map.ravel(), minlength=256)
+        image = read_image(item.image)
+        if image.shape[:2] != label_map.shape:
+            raise DatasetError(f"{item.name}: image {image.shape[:2]} and mask {label_map.shape} differ in size")
+        _write_array(image_npy, resize_image(image, size_hw, resample=resample, encoding=dataset.facts.encoding))
+        _write_array(mask_npy, resize_label_map(label_map, size_hw))
+        digest = hashlib.sha256(item.image.read_bytes() + item.mask.read_bytes()).hexdigest()
+        pixels = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
+        atomic_write(meta, json.dumps({"pixels": pixels, "digest": digest}).encode())
+    facts = json.loads(meta.read_bytes())
+    pixels = {int(label_id): count for label_id, count in facts["pixels"].items()}
+    schema = dataset.schema
+    unknown = [i for i in pixels if schema.by_id(i) is None and i not in schema.void_ids]
+    if unknown:
+        known = ", ".join(f"{label.id} {label.name}" for label in schema.labels)
+        raise DatasetError(
+            f"{item.mask}: holds ids {unknown} that the schema lacks (it has {known}). Add them to {LABELS} as labels, "
+            "or to its 'void'"
+        )
+    return CachedItem(name=item.name, image=image_npy, mask=mask_npy, pixels=pixels, digest=facts["digest"])
+
+
+def _write_array(path: Path, array: NDArray[np.uint8]) -> None:
+    buffer = BytesIO()
+    np.save(buffer, array)
+    atomic_write(path, buffer.getvalue())
+
+
+def snapshot_id(items: Iterable[CachedItem]) -> str:
+    """Identity of a data set: hashed from the names and contents of its items, whatever their order."""
+    lines = sorted(f"{item.name} {item.digest}" for item in items)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def class_shares(items: Iterable[CachedItem], schema: LabelSchema) -> NDArray[np.float64]:
+    """(classes,) share of each class among the pixels that are not void, at full size."""
+    counts = np.zeros(len(schema.classes))
+    index_of = {label.id: index for index, label in enumerate(schema.classes)}
+    for item in items:
+        for label_id, count in item.pixels.items():
+            if label_id in index_of:
+                counts[index_of[label_id]] += count
+    shares: NDArray[np.float64] = counts / max(counts.sum(), 1)
+    return shares
+
+
+def split(items: Sequence[CachedItem], validation_percent: float) -> tuple[list[CachedItem], list[CachedItem]]:
+    """Split off a validation part: by the hash of its name, so that an item never changes sides at a re-run.
+
+    Returns:
+        (training, validation); validation is empty for 0 %, otherwise each part has at least one item.
+
+    Raises:
+        DatasetError: the share leaves nothing to train on.
+    """
+    count = round(len(items) * validation_percent / 100)
+    if validation_percent > 0:
+        count = max(1, count)
+    if count >= len(items):
+        raise DatasetError(
+            f"{len(items)} panorama(s) with {validation_percent:g} % for validation leave none to train on. "
+            "Add panoramas, or use --validation 0."
+        )
+    shuffled = sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
+    held_out = {item.name for item in shuffled[:count]}
+    return [i for i in items if i.name not in held_out], [i for i in items if i.name in held_out]
+
+
+Transform = Callable[[NDArray[np.float32], NDArray[np.uint8], np.random.Generator], tuple[Any, Any]]
+
+
+class Panoramas(Dataset[tuple[Tensor, Tensor]]):
+    """Cached items as tensors: image (3, h, w) float32 in 0..1 and class map (h, w) int64, void 255.
+
+    Args:
+        items: from `build_cache`; the arrays are memory-mapped.
+        schema: turns label ids into class indices.
+        transform: augmentation of (h, w, 3) float32 image and (h, w) uint8 class map; None for validation.
+        seed: with the index it determines the augmentation, whatever ran before.
+
+    An index counts on beyond the items: index e · n + i is item i as epoch e sees it.
+    """
+
+    def __init__(
+        self, items: Sequence[CachedItem], schema: LabelSchema, *, transform: Transform | None = None, seed: int = 0
+    ) -> None:
+        self._items = items
+        self._schema = schema
+        self._transform = transform
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(index, len(self._items))
+        item = self._items[place]
+        image = np.load(item.image, mmap_mode="r").astype(np.float32) / 255
+        class_map = self._schema.class_map(np.load(item.mask, mmap_mode="r"))
+        if self._transform is not None:
+            rng = np.random.default_rng((self._seed, epoch, place))
+            image, class_map = self._transform(image, class_map, rng)
+        return (
+            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            torch.from_numpy(class_map.astype(np.int64)),
+        )
+
+
+class EpochSampler(Sampler[int]):
+    """A new order every epoch that depends on seed and epoch only, dealt out to the processes of a distributed run.
+
+    Every process gets the same number of items; the order is repeated from its start where it does not divide. The
+    indices carry the epoch, as `Panoramas` expects.
+    """
+
+    def __init__(self, size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self._size, self._seed, self._rank, self._world_size = size, seed, rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self._size // self._world_size)
+
+    def __iter__(self) -> Any:
+        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._size)
+        dealt = np.resize(order, len(self) * self._world_size)[self._rank :: self._world_size]
+        return iter((dealt + self.epoch * self._size).tolist())
