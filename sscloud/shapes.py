@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from sscloud.labels import count_ids
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
@@ -62,7 +64,7 @@ def find_regions(
     kept: list[Region] = []
     specks = surplus = 0
     sure = confidence >= threshold if threshold > 0 else None
-    for label_id in np.flatnonzero(np.bincount(label_map.ravel(), minlength=256)):
+    for label_id in np.flatnonzero(count_ids(label_map)):
         if int(label_id) in background_ids:
             continue
         binary = (label_map == label_id).view(np.uint8)
@@ -205,7 +207,8 @@ def _trace(padded: NDArray[np.bool_]) -> _Rings:
         if seen[start]:
             continue
         # Corners come row by row, so this one is topmost in its ring: an outer ring has its inside below.
-        outer += int(code[y[start], x[start]]) >> 3
+        inside_below = int(code[y[start], x[start]]) >> 3
+        outer += inside_below
         ring: list[int] = []
         corner = start
         while not seen[corner]:
@@ -213,7 +216,8 @@ def _trace(padded: NDArray[np.bool_]) -> _Rings:
             seen[corner] = seen[across] = 1
             ring += (corner, across)
             corner = partner[across]
-        corners.append(ring)
+        # Holes run the other way around, so that fill rules that count turns leave them empty too.
+        corners.append(ring if inside_below else ring[::-1])
     if outer > 1:
         raise ValueError(f"The mask has {outer} components; an outline is of one. Split it with find_regions.")
     return _Rings(x, y, corners, np.stack([down[0::2], down[1::2]], axis=1))

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sscloud.errors import ConfigError
+from sscloud import __version__
+from sscloud.bundle import Azimuth
+from sscloud.errors import ConfigError, SSCloudError
 from sscloud.files import atomic_write
-from sscloud.image import Resample
+from sscloud.image import Encoding, Resample
+from sscloud.labels import LabelSchema
+from sscloud.unet import Architecture
 
 CONFIG = "config.json"
 
@@ -83,6 +87,70 @@ class Place:
         return self.processes_per_node * self.nodes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What a run found about its data; with the configuration it is all that a bundle needs besides the weights."""
+
+    snapshot: str
+    architecture: Architecture
+    labels: LabelSchema
+    label_ids: tuple[int, ...]
+    encoding: Encoding
+    aspect: float
+    elevation: tuple[float, float]
+    azimuth: Azimuth | None
+    parent: str | None
+    code_version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **values,
+            "architecture": dataclasses.asdict(self.architecture),
+            "labels": self.labels.to_dict(),
+            "azimuth": dataclasses.asdict(self.azimuth) if self.azimuth else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str) -> "RunFacts":
+        """Read what `to_dict` wrote."""
+        return cls(
+            **{
+                **data,
+                "architecture": Architecture(**data["architecture"]),
+                "labels": LabelSchema.from_dict(data["labels"], source=source),
+                "label_ids": tuple(data["label_ids"]),
+                "elevation": tuple(data["elevation"]),
+                "azimuth": Azimuth(**data["azimuth"]) if data["azimuth"] else None,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run folder's `config.json`."""
+
+    config: TrainConfig
+    facts: RunFacts
+
+
+def read_run(run: Path) -> Run:
+    """Read a run folder's configuration.
+
+    Raises:
+        ConfigError: no run, or a damaged one.
+    """
+    file = run / CONFIG
+    try:
+        data = json.loads(file.read_bytes())
+        return Run(config=TrainConfig(**data["config"]), facts=RunFacts.from_dict(data["facts"], source=str(file)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run} is no run: it has no {CONFIG}. `sscloud train … -o {run}` makes one.") from error
+    except (OSError, ValueError, TypeError, KeyError, SSCloudError) as error:
+        raise ConfigError(f"{file} cannot be used: {error}. Start a new run.") from error
+
+
 def resumed_config(run: Path, given: Mapping[str, Any]) -> TrainConfig:
     """The configuration of an interrupted run.
 
@@ -93,11 +161,7 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: no readable configuration, or another one was asked for.
     """
-    file = run / CONFIG
-    try:
-        stored = TrainConfig(**json.loads(file.read_bytes())["config"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}), so {run} cannot be resumed. Start a new run.") from error
+    stored = read_run(run).config
     changed = {name: value for name, value in given.items() if getattr(stored, name) != value}
     if changed:
         lines = "; ".join(f"{name} was {getattr(stored, name)!r}, not {value!r}" for name, value in changed.items())
@@ -108,7 +172,7 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> TrainConfig:
     return stored
 
 
-def write_config(run: Path, config: TrainConfig, facts: Mapping[str, Any]) -> None:
+def write_config(run: Path, config: TrainConfig, facts: RunFacts) -> None:
     """Write `config.json`: the configuration and what was found about the data."""
-    text = json.dumps({"config": dataclasses.asdict(config), **facts}, ensure_ascii=False, indent=2)
-    atomic_write(run / CONFIG, text.encode() + b"\n")
+    content = {"config": dataclasses.asdict(config), "facts": facts.to_dict()}
+    atomic_write(run / CONFIG, json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n")

@@ -31,7 +31,7 @@ from sscloud.errors import DatasetError, ImageError, SSCloudError
 from sscloud.files import atomic_write
 from sscloud.image import Encoding, Resample, image_size, read_image, read_label_map, resize_image, resize_label_map
 from sscloud.image import scaled_size as scaled_size_of
-from sscloud.labels import LabelSchema
+from sscloud.labels import LabelSchema, count_ids
 from sscloud.unet import STRIDE
 
 IMAGES, MASKS, LABELS, FACTS, CACHE = "imgs", "masks", "labels.yaml", "dataset.yaml", ".cache"
@@ -241,7 +241,7 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
     meta, image_npy, mask_npy = (stem.with_name(stem.name + end) for end in (".json", ".image.npy", ".mask.npy"))
     if not meta.exists():  # written last, so the arrays are whole when it is there
         label_map = read_label_map(item.mask)
-        counts = np.bincount(label_map.ravel(), minlength=256)
+        counts = count_ids(label_map)
         image = read_image(item.image)
         if image.shape[:2] != label_map.shape:
             raise DatasetError(f"{item.name}: image {image.shape[:2]} and mask {label_map.shape} differ in size")

@@ -13,7 +13,7 @@ from sscloud.bundle import ModelBundle
 from sscloud.errors import DatasetError, SchemaError
 from sscloud.image import read_label_map
 from sscloud.inference import Predictor
-from sscloud.labels import VOID, Label
+from sscloud.labels import VOID, Label, count_ids
 from training.dataset import DatasetFolder
 from training.metrics import Scores, confusion_matrix, score
 
@@ -76,7 +76,7 @@ def evaluate(bundle: ModelBundle, dataset: DatasetFolder, *, device: str = "auto
 
 
 def _check_ids(name: str, label_map: NDArray[np.uint8], labels: tuple[Label, ...], void: frozenset[int]) -> None:
-    present = set(np.flatnonzero(np.bincount(label_map.ravel(), minlength=256)).tolist())
+    present = set(np.flatnonzero(count_ids(label_map)).tolist())
     if unknown := sorted(present - {label.id for label in labels} - void):
         raise SchemaError(
             f"{name} holds ids {unknown} that neither the bundle's labels nor the data set's have. Add them to the "

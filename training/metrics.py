@@ -40,7 +40,7 @@ def confusion_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], cla
     """Count pixels by true and predicted class.
 
     Args:
-        truth: class indices, any shape, uint8; 255 is void and not counted.
+        truth: (H, W) uint8 class indices; 255 is void and not counted.
         predicted: class indices below `classes`, same shape.
         classes: n.
 
@@ -52,11 +52,15 @@ def confusion_matrix(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], cla
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"Truth {truth.shape} and prediction {predicted.shape} differ in shape.")
-    counted = truth != VOID
-    true, guessed = truth[counted].astype(np.int64), predicted[counted]
-    if true.size and (true.max() >= classes or guessed.max() >= classes):
-        raise ValueError(f"Truth or prediction holds class indices that are not below {classes}.")
-    return np.bincount(true * classes + guessed, minlength=classes * classes).reshape(classes, classes)
+    total = np.zeros(classes * classes, np.int64)
+    # Row by row: bincount widens its input to 64 bits.
+    for row, guess in zip(np.atleast_2d(truth), np.atleast_2d(predicted), strict=True):
+        counted = row != VOID
+        true, guessed = row[counted].astype(np.int64), guess[counted]
+        if true.size and max(true.max(), guessed.max()) >= classes:
+            raise ValueError(f"Truth or prediction holds class indices that are not below {classes}.")
+        total += np.bincount(true * classes + guessed, minlength=classes * classes)
+    return total.reshape(classes, classes)
 
 
 def score(confusion: NDArray[np.int64], label_ids: Sequence[int]) -> Scores:
@@ -82,7 +86,7 @@ def score(confusion: NDArray[np.int64], label_ids: Sequence[int]) -> Scores:
             share=true / counts.sum(),
             miou=_mean(iou),
             mean_dice=_mean(dice),
-            pixel_accuracy=float(hit.sum() / counts.sum()),
+            pixel_accuracy=float(np.divide(hit.sum(), counts.sum())),
         )
 
 

@@ -80,10 +80,10 @@ class SegmentationModule(pl.LightningModule):
         losses = self.trainer.strategy.reduce(self._losses, reduce_op="sum")
         scores = score(confusion.cpu().numpy(), self._label_ids)
         total, count = losses.tolist()
-        self.log("val_loss", total / max(count, 1), rank_zero_only=True)
+        self.log("val_loss", total / max(count, 1))
         self.log("miou", 0.0 if math.isnan(scores.miou) else scores.miou, prog_bar=True)
         for label_id, iou in zip(scores.label_ids, scores.iou.tolist(), strict=True):
-            self.log(f"iou_{label_id}", iou, rank_zero_only=True)
+            self.log(f"iou_{label_id}", iou)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and a cosine to zero, by step."""

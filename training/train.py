@@ -8,9 +8,7 @@ RUN/
 """
 
 import contextlib
-import csv
 import dataclasses
-import json
 import logging
 import os
 import warnings
@@ -27,8 +25,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from sscloud import __version__
-from sscloud.bundle import Checkpoint, Manifest, ModelBundle, channel_ids, read_checkpoint, save_bundle
+from sscloud.bundle import Checkpoint, ModelBundle, channel_ids, read_checkpoint
 from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
 from sscloud.files import atomic_write
 from sscloud.inference import find_device
@@ -37,7 +34,7 @@ from sscloud.unet import Architecture, UNet, Upsampling
 from training import memory
 from training.augment import YawMirror
 from training.callbacks import AtomicCheckpoints, EpochLines, History, MilesialCheckpoints, ProgressBar
-from training.config import CONFIG, Place, TrainConfig, write_config
+from training.config import CONFIG, Place, RunFacts, TrainConfig, read_run, write_config
 from training.dataset import (
     CACHE,
     CachedItem,
@@ -50,10 +47,11 @@ from training.dataset import (
     snapshot_id,
     split,
 )
+from training.export import BEST, METRICS, export_bundle
 from training.losses import class_weights
 from training.module import SegmentationModule
 
-METRICS, BUNDLE, LAST, BEST = "metrics.csv", "bundle", "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+BUNDLE, LAST = "bundle", "checkpoints/last.ckpt"
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +68,7 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
         BundleError: `load` does not fit.
         TrainingError: out of memory, with what would fit.
     """
-    if (place.run / CONFIG).exists() and not place.resume:
+    if place.rank == 0 and (place.run / CONFIG).exists() and not place.resume:
         raise ConfigError(
             f"{place.run} holds a run already. Go on with it by --resume, or name another place with --output."
         )
@@ -79,9 +77,8 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
     model = _build_model(config, data.folder.schema)
     label_ids = _channels(model, data.folder.schema)
     if place.rank == 0:
-        facts = {"snapshot": data.snapshot, "label_ids": label_ids, "code_version": __version__}
-        _check_unchanged(place, facts)
-        write_config(place.run, config, facts)
+        _check_unchanged(place, data.snapshot)
+        write_config(place.run, config, _facts(config, data, model.architecture, label_ids))
     schema = data.folder.schema
     weights = class_weights(class_shares(data.training, schema))
     module = SegmentationModule(
@@ -118,7 +115,9 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
             raise
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return _export(config, place, data, label_ids) if trainer.is_global_zero else None
+    if not trainer.is_global_zero:
+        return None
+    return export_bundle(place.run, place.run / BUNDLE, name=place.name, version=place.version, overwrite=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +173,12 @@ def _training_batches(config: TrainConfig, data: _Data) -> DataLoader[Any]:
 def _validation_batches(data: _Data, place: Place) -> DataLoader[Any] | None:
     if not data.validation:
         return None
-    # Every panorama once, whatever the number of processes; one at a time, because sizes may differ.
-    return DataLoader(Panoramas(data.validation[place.rank :: place.world_size], data.folder.schema), 1)
+    # Every panorama once, whatever the number of processes; one at a time, because sizes may differ. With fewer
+    # panoramas than processes each process takes them all: Lightning waits for ever for one that has none, and scores
+    # are ratios, which counting everything several times does not change.
+    shared = len(data.validation) >= place.world_size
+    mine = data.validation[place.rank :: place.world_size] if shared else data.validation
+    return DataLoader(Panoramas(mine, data.folder.schema), 1)
 
 
 def _build_model(config: TrainConfig, schema: LabelSchema) -> UNet:
@@ -225,17 +228,36 @@ def _channels(model: UNet, schema: LabelSchema) -> tuple[int, ...]:
     return channel_ids(Checkpoint(model=model, mask_values=schema.class_ids), schema, source="--classes")
 
 
-def _check_unchanged(place: Place, facts: dict[str, Any]) -> None:
+def _check_unchanged(place: Place, snapshot: str) -> None:
     """Refuse to go on with a run on other data than it began with."""
-    file = place.run / CONFIG
-    if not (place.resume and file.exists()):
+    if not (place.resume and (place.run / CONFIG).exists()):
         return
-    before = json.loads(file.read_bytes())["snapshot"]
-    if before != facts["snapshot"]:
+    before = read_run(place.run).facts.snapshot
+    if before != snapshot:
         raise ConfigError(
-            f"The data set changed since {place.run} was started (snapshot {before}, now {facts['snapshot']}). "
+            f"The data set changed since {place.run} was started (snapshot {before}, now {snapshot}). "
             "Start a new run, with --load to build on this one's model."
         )
+
+
+def _facts(config: TrainConfig, data: _Data, architecture: Architecture, label_ids: tuple[int, ...]) -> RunFacts:
+    facts, aspect = data.folder.facts, data.folder.aspect
+    parent = None
+    if config.load is not None:
+        folder = Path(config.load)
+        parent = ModelBundle.load(folder).manifest.title if folder.is_dir() else folder.name
+    return RunFacts(
+        snapshot=data.snapshot,
+        architecture=architecture,
+        labels=data.folder.schema,
+        label_ids=label_ids,
+        encoding=facts.encoding,
+        aspect=aspect,
+        # Without a statement, square pixels from the zenith down: +90 to -90 for 2:1, less for scanners with a cone.
+        elevation=facts.elevation or (90.0, max(-90.0, 90.0 - 360.0 / aspect)),
+        azimuth=facts.azimuth,
+        parent=parent,
+    )
 
 
 def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...]) -> pl.Trainer:
@@ -308,44 +330,6 @@ def _device_memory(name: str) -> int:
     return psutil.virtual_memory().available
 
 
-def _export(config: TrainConfig, place: Place, data: _Data, label_ids: tuple[int, ...]) -> ModelBundle:
-    """Write the best checkpoint of a run as its bundle."""
-    state = torch.load(place.run / BEST, map_location="cpu", weights_only=True)["state_dict"]
-    model = _build_model(dataclasses.replace(config, load=None), data.folder.schema)
-    prefix = "model."
-    model.load_state_dict({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
-    facts, aspect = data.folder.facts, data.folder.aspect
-    parent = None
-    if config.load is not None:
-        parent = ModelBundle.load(Path(config.load)).manifest.title if Path(config.load).is_dir() else config.load
-    manifest = Manifest(
-        name=place.name,
-        version=place.version,
-        architecture=model.architecture,
-        labels=data.folder.schema,
-        label_ids=label_ids,
-        scale=config.scale,
-        resample=config.resample,
-        encoding=facts.encoding,
-        aspect=aspect,
-        # Without a statement, square pixels from the zenith down: +90 to -90 for 2:1, less for scanners with a cone.
-        elevation=facts.elevation or (90.0, max(-90.0, 90.0 - 360.0 / aspect)),
-        azimuth=facts.azimuth,
-        parent=parent,
-        snapshot=data.snapshot,
-        metrics=_best_metrics(place.run / METRICS),
-    )
-    return save_bundle(place.run / BUNDLE, model, manifest, overwrite=True)
-
-
-def _best_metrics(path: Path) -> dict[str, float]:
-    """The row of `metrics.csv` that the best checkpoint belongs to: the first with the highest mIoU, else the last."""
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    best = max(rows, key=lambda row: float(row["miou"])) if "miou" in rows[0] else rows[-1]
-    return {f"validation_{name}" if name == "miou" else name: float(value) for name, value in best.items() if value}
-
-
 @contextlib.contextmanager
 def _calm() -> Iterator[None]:
     """Keep the libraries' remarks about choices that were made on purpose away from the screen."""
@@ -356,6 +340,7 @@ def _calm() -> Iterator[None]:
             ".*does not have many workers.*",
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*treespec, LeafSpec.*",
+            ".*It is recommended to use .self.log.*sync_dist=True.*",  # the scores are summed over processes already
         ):
             warnings.filterwarnings("ignore", message)
         yield

@@ -91,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
     given = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in given.items()}
     given["dataset"] = str(args.dataset.resolve())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # this and the others below are set by torchrun
     output = args.output
+    if output is None and processes > 1:
+        raise ConfigError("Several processes need one run folder: name it with --output.")
     if output is None:
         output = _latest(Path("runs"), CONFIG) if args.resume else Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     if output is None:
@@ -100,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not resume:
         print(f"Nothing to resume in {output} yet: starting.")
     config = resumed_config(output, given) if resume else TrainConfig(**given)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     bundle = train(
         config,
         Place(
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             version=args.version,
             rank=int(os.environ.get("RANK", "0")),
             processes_per_node=local,
-            nodes=int(os.environ.get("WORLD_SIZE", "1")) // local,
+            nodes=processes // local,
         ),
     )
     if bundle is not None:

@@ -1,0 +1,39 @@
+"""`sscloud package`: a bundle → a self-contained Nuclio function folder."""
+
+import argparse
+from pathlib import Path
+
+NAME = "package"
+HELP = "make a function folder for Nuclio of a bundle"
+DESCRIPTION = """\
+Writes a folder that holds everything Nuclio needs to build and run the function: function.yaml (CPU) and
+function-gpu.yaml with the labels, version and description of the bundle, the code, and the bundle itself.
+Deploy it with nuctl, or try it without Docker with `sscloud serve`."""
+EXAMPLES = """\
+  sscloud package runs/street/bundle -o function
+  nuctl deploy --project-name cvat --path function --file function/function-gpu.yaml --platform local
+
+  sscloud package runs/street/bundle -o function --name sscloud-street --overwrite
+  sscloud serve function"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="function folder to write")
+    parser.add_argument("--name", help="the function's name in Nuclio (default: sscloud-<the bundle's name>)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER when it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from tools.packaging import package
+
+    name = package(args.bundle, args.output, name=args.name, overwrite=args.overwrite)
+    print(f"{args.output}: function {name}, self-contained.")
+    print("Deploy it on the machine where CVAT and Nuclio run:")
+    for file, what in (("function-gpu.yaml", "with an NVIDIA GPU"), ("function.yaml", "CPU only")):
+        path = args.output / file
+        print(f"  nuctl deploy --project-name cvat --path {args.output} --file {path} --platform local   # {what}")
+    print(f"Or run it without Docker:\n  sscloud serve {args.output}")
+    return 0

@@ -1,0 +1,174 @@
+"""A bundle → a function folder that `nuctl deploy` takes as it is.
+
+FOLDER/
+  function.yaml, function-gpu.yaml   the templates of `serverless/`, filled in from the bundle
+  main.py, model_handler.py          what Nuclio calls
+  sscloud/                           a copy of the package: Nuclio puts FOLDER first on the path
+  bundle/                            weights and manifest
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+import serverless
+import sscloud
+from serverless.model_handler import ATTRIBUTES
+from sscloud.bundle import MANIFEST, WEIGHTS, Manifest, ModelBundle
+from sscloud.errors import ConfigError
+from sscloud.files import atomic_folder
+from sscloud.labels import LabelSchema
+
+MODULES = ("main.py", "model_handler.py")
+TEMPLATES = ("function.yaml", "function-gpu.yaml")
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_MAX_NAME = 56
+"""A Kubernetes label has 63 characters at most, and Nuclio puts "nuclio-" before the name."""
+
+
+def package(bundle_path: Path, folder: Path, *, name: str | None = None, overwrite: bool = False) -> str:
+    """Write a function folder, whole or not at all.
+
+    Args:
+        bundle_path: the bundle to serve.
+        folder: the function folder to write.
+        name: the function's name in Nuclio; None makes one of the bundle's name.
+        overwrite: replace `folder` when it exists.
+
+    Returns:
+        the function's name in Nuclio.
+
+    Raises:
+        BundleError: no valid bundle.
+        ConfigError: a name that Nuclio does not take, or a folder that exists.
+    """
+    bundle = ModelBundle.load(bundle_path)
+    function_name = find_name(bundle.manifest.name) if name is None else check_name(name)
+    with atomic_folder(folder, overwrite=overwrite) as target:
+        for template in TEMPLATES:
+            text = (_source() / template).read_text(encoding="utf-8")
+            filled = fill_template(text, bundle.manifest, name=function_name)
+            (target / template).write_text(filled, encoding="utf-8", newline="\n")
+        for module in MODULES:
+            shutil.copyfile(_source() / module, target / module)
+        _copy_package(Path(sscloud.__file__).parent, target / "sscloud")
+        (target / "bundle").mkdir()
+        for file in (WEIGHTS, MANIFEST):
+            shutil.copyfile(bundle.path / file, target / "bundle" / file)
+    return function_name
+
+
+def find_name(bundle_name: str) -> str:
+    """`sscloud-<bundle's name>` in Nuclio's alphabet.
+
+    Raises:
+        ConfigError: the bundle's name has nothing of that alphabet, or is too long.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", bundle_name.lower()).strip("-")
+    if not slug:
+        raise ConfigError(
+            f"The bundle's name {bundle_name!r} has no Latin letters or digits to make a function's name of. "
+            "Give one with --name, for example --name sscloud-street."
+        )
+    return check_name(slug if slug.startswith("sscloud") else f"sscloud-{slug}")
+
+
+def check_name(name: str) -> str:
+    """Return `name` when Nuclio takes it (an RFC 1123 label, as Kubernetes names are).
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is no name for a Nuclio function: it takes up to {_MAX_NAME} lower-case Latin letters, digits "
+            "and hyphens, with a letter or digit at both ends. Give one with --name, for example --name sscloud-street."
+        )
+    return name
+
+
+def fill_template(text: str, manifest: Manifest, *, name: str) -> str:
+    """Put the bundle's name, version, labels and description into the text of a function's yaml; comments stay."""
+    return replace_scalars(
+        text,
+        {
+            ("metadata", "name"): name,
+            ("metadata", "annotations", "name"): _quoted(manifest.title),
+            ("metadata", "annotations", "version"): _quoted(str(manifest.version)),
+            ("metadata", "annotations", "spec"): "|\n" + _indented(spec_json(manifest.labels), 6) + "\n",
+            ("spec", "description"): _quoted(describe(manifest)),
+            ("spec", "build", "image"): f"cvat.{name}",
+        },
+    )
+
+
+def spec_json(labels: LabelSchema) -> str:
+    """CVAT's `spec` annotation, one label a line."""
+    lines = [_readable_json(label) for label in labels.cvat_spec(ATTRIBUTES)]
+    return "[\n  " + ",\n  ".join(lines) + "\n]\n" if lines else "[]\n"
+
+
+def describe(manifest: Manifest) -> str:
+    """What people read under the model's name in CVAT."""
+    iou = manifest.metrics.get("validation_miou")
+    quality = "" if iou is None else f", mIoU {iou:.2f} on its validation panoramas"
+    return f"Semantic segmentation of laser-scan panoramas: {manifest.title}, scale {manifest.scale:g}{quality}"
+
+
+def replace_scalars(text: str, values: Mapping[tuple[str, ...], str]) -> str:
+    """Replace scalars of a YAML document where they stand, so that comments and order stay.
+
+    Args:
+        text: the document; its root is a mapping.
+        values: path of keys → the new scalar as YAML text (quoted where it must be).
+
+    Raises:
+        KeyError: the document has no scalar at a path.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    spans = []
+    for path, value in values.items():
+        node = root
+        for key in path:
+            children = node.value if isinstance(node, yaml.MappingNode) else []
+            node = next((child for name, child in children if name.value == key), None)
+        if not isinstance(node, yaml.ScalarNode):
+            raise KeyError(".".join(path))
+        spans.append((node.start_mark.index, node.end_mark.index, value))
+    for start, end, value in sorted(spans, reverse=True):
+        text = text[:start] + value + text[end:]
+    return text
+
+
+def _source() -> Path:
+    """Where the templates and modules of the function are: in the checkout, or in the installed package."""
+    return Path(serverless.__file__).parent
+
+
+def _copy_package(source: Path, target: Path) -> None:
+    """Copy a package's code and data; caches and whatever else lies there stay behind."""
+    for file in sorted(source.rglob("*")):
+        if file.suffix in (".py", ".yaml", ".typed") and "__pycache__" not in file.parts:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _quoted(text: str) -> str:
+    """A YAML double-quoted scalar; JSON strings are."""
+    return _readable_json(text)
+
+
+def _readable_json(value: object) -> str:
+    """JSON with Cyrillic as it is; characters that YAML forbids are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)
+
+
+def _indented(text: str, columns: int) -> str:
+    return "".join(" " * columns + line + "\n" for line in text.splitlines())

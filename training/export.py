@@ -1,0 +1,69 @@
+"""Run → bundle: the best checkpoint with everything that prediction needs."""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from sscloud.bundle import Manifest, ModelBundle, save_bundle
+from sscloud.errors import BundleError
+from sscloud.unet import UNet, load_state
+from training.config import read_run
+
+METRICS, BEST = "metrics.csv", "checkpoints/best.ckpt"
+
+_PREFIX = "model."
+"""Where the LightningModule keeps the network."""
+
+
+def export_bundle(run: Path, output: Path, *, name: str, version: int, overwrite: bool = False) -> ModelBundle:
+    """Write the best model of a run as a bundle.
+
+    Args:
+        run: a run folder.
+        output: the bundle's folder.
+        name: of the model.
+        version: of the model.
+        overwrite: replace `output`.
+
+    Raises:
+        ConfigError: `run` is no run, or `output` exists.
+        BundleError: the run has no whole epoch yet, or its checkpoint is damaged.
+    """
+    config, facts = (found := read_run(run)).config, found.facts
+    best = run / BEST
+    if not best.exists():
+        raise BundleError(f"{run} has no {BEST} yet: no epoch has ended. Let it train, or go on with --resume.")
+    try:
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
+        raise BundleError(f"{best} cannot be read: {str(error).splitlines()[0]}") from error
+    model = UNet(facts.architecture)
+    weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+    load_state(model, weights, source=str(best))
+    manifest = Manifest(
+        name=name,
+        version=version,
+        architecture=facts.architecture,
+        labels=facts.labels,
+        label_ids=facts.label_ids,
+        scale=config.scale,
+        resample=config.resample,
+        encoding=facts.encoding,
+        aspect=facts.aspect,
+        elevation=facts.elevation,
+        azimuth=facts.azimuth,
+        parent=facts.parent,
+        snapshot=facts.snapshot,
+        metrics=_best_metrics(run / METRICS),
+        code_version=facts.code_version,
+    )
+    return save_bundle(output, model, manifest, overwrite=overwrite)
+
+
+def _best_metrics(path: Path) -> dict[str, float]:
+    """The row of `metrics.csv` that the best checkpoint belongs to: the first with the highest mIoU, else the last."""
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    best = max(rows, key=lambda row: float(row["miou"])) if "miou" in rows[0] else rows[-1]
+    return {f"validation_{name}" if name == "miou" else name: float(value) for name, value in best.items() if value}
