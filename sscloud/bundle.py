@@ -320,6 +320,57 @@ def channel_ids(checkpoint: Checkpoint, labels: LabelSchema, *, source: str) -> 
     return ids
 
 
+def import_checkpoint(
+    path: Path,
+    output: Path,
+    *,
+    labels: LabelSchema,
+    scale: float,
+    elevation: tuple[float, float] = (90.0, -90.0),
+    encoding: Encoding = "normals",
+    name: str | None = None,
+    version: int = 1,
+    overwrite: bool = False,
+) -> ModelBundle:
+    """Turn a milesial/Pytorch-UNet checkpoint into a bundle that predicts as its predict.py does.
+
+    Args:
+        path: the `.pth` file.
+        output: the bundle's folder.
+        labels: names of the label ids.
+        scale: the `--scale` it was trained with.
+        elevation: elevation of the panoramas' top and bottom edge, degrees; gives their aspect, at square pixels.
+        encoding: what the panoramas show.
+        name: of the model; None: the file's name without its suffix.
+        version: of the model.
+        overwrite: replace `output`.
+
+    Raises:
+        BundleError: the file does not fit, or a value is out of range.
+        ConfigError: `output` exists.
+    """
+    checkpoint = read_checkpoint(path)
+    top, bottom = elevation
+    if not -90 <= bottom < top <= 90:
+        raise BundleError(
+            f"The elevation runs from the top down within 90 to -90 degrees, found {top:g} to {bottom:g}."
+        )
+    manifest = Manifest(
+        name=name or path.stem,
+        version=version,
+        architecture=checkpoint.model.architecture,
+        labels=labels,
+        label_ids=channel_ids(checkpoint, labels, source=str(path)),
+        scale=scale,
+        resample="bicubic",
+        encoding=encoding,
+        aspect=360 / (top - bottom),
+        elevation=elevation,
+        parent=path.name,
+    )
+    return save_bundle(output, checkpoint.model, manifest, overwrite=overwrite)
+
+
 def channels_to_label_map(class_map: NDArray[np.uint8], label_ids: Sequence[int]) -> NDArray[np.uint8]:
     """(H, W) uint8 channel indices → (H, W) uint8 label ids."""
     table = np.zeros(256, np.uint8)

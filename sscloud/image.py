@@ -42,6 +42,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     with _open(data, max_pixels) as image:
         try:
             upright = ImageOps.exif_transpose(image)
+            upright.info.pop("transparency", None)  # a palette's would only make Pillow warn
             if upright.mode.startswith("I;16") or upright.mode == "I":
                 high_byte = (np.asarray(upright).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(high_byte[..., None], 3, axis=2)
@@ -64,15 +65,13 @@ def read_label_map(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.ui
 
     def decode(data: bytes) -> NDArray[np.uint8]:
         with _open(data, max_pixels) as image:
-            if image.mode == "1":
-                return np.asarray(image.convert("L")) // 255
-            if image.mode not in ("L", "P"):
+            if image.mode not in ("1", "L", "P"):
                 raise ImageError(
                     f"it is a picture of mode {image.mode}, but a mask is 8-bit with one channel that holds label ids. "
                     "Convert it first (`sscloud convert` for CVAT's exports)"
                 )
             try:
-                return np.array(image)
+                return np.asarray(image).astype(np.uint8)  # of one bit: 0 and 1
             except Exception as error:
                 raise ImageError(f"The mask is broken or truncated: {error}.") from error
 

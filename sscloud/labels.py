@@ -67,7 +67,7 @@ class LabelSchema:
             raise SchemaError(f"The label schema {path} cannot be read: {error.strerror}.") from error
         except UnicodeDecodeError as error:
             raise SchemaError(f"The label schema {path} is not UTF-8 text. Save it as UTF-8.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
             raise SchemaError(f"The label schema {path} is not valid YAML: {error}") from error
         return cls.from_dict(data, source=str(path))
 
@@ -101,12 +101,12 @@ class LabelSchema:
         ids: dict[int, str] = {}
         for label in self.labels:
             for name in (label.name, *label.aliases):
-                owner = names.setdefault(_key(name), label.name)
-                if owner != label.name or [_key(n) for n in (label.name, *label.aliases)].count(_key(name)) > 1:
+                if _key(name) in names:
                     raise SchemaError(
-                        f"{source}: the name or alias {name!r} is used twice (labels {owner!r} and {label.name!r}; "
-                        "case and white space do not count). Names and aliases must be unique."
+                        f"{source}: the name or alias {name!r} is used twice (labels {names[_key(name)]!r} and "
+                        f"{label.name!r}; case and white space do not count). Names and aliases must be unique."
                     )
+                names[_key(name)] = label.name
             if label.id in ids:
                 raise SchemaError(
                     f"{source}: the id {label.id} is used twice, by {ids[label.id]!r} and {label.name!r}. "

@@ -167,7 +167,8 @@ class _OutConv(nn.Module):
 
 
 def _wrapped(x: Tensor, columns: int) -> Tensor:
-    return F.pad(x, [columns, columns, 0, 0], mode="circular")
+    # 1.6 times faster in training than F.pad(mode="circular"), whose backward pass is slow (benchmarks/wrapping.py).
+    return torch.cat([x[..., -columns:], x, x[..., :columns]], dim=3)
 
 
 def architecture_of(state: Mapping[str, object], *, wrap: bool, source: str) -> Architecture:

@@ -22,10 +22,21 @@ GROUPS = {
 class Command(Protocol):
     """What a module of `tools.commands` offers."""
 
-    NAME: str
-    HELP: str
-    DESCRIPTION: str
-    EXAMPLES: str
+    @property
+    def NAME(self) -> str:  # noqa: N802 - constants of a module
+        """The verb."""
+
+    @property
+    def HELP(self) -> str:  # noqa: N802
+        """One line."""
+
+    @property
+    def DESCRIPTION(self) -> str:  # noqa: N802
+        """What it does, in a paragraph."""
+
+    @property
+    def EXAMPLES(self) -> str:  # noqa: N802
+        """Command lines, shown below the flags."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the flags."""

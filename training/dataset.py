@@ -11,12 +11,12 @@ DATASET/
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -223,7 +223,9 @@ def build_cache(
     # Decoders and filters release the interpreter lock; more threads would only hold more full-size panoramas at once.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         found = pool.map(cache, dataset.items)
-        results = list(tqdm(found, "Scaling panoramas", len(dataset.items), unit="img", leave=False, disable=quiet))
+        results = list(
+            tqdm(found, "Scaling panoramas", len(dataset.items), unit="img", leave=False, disable=quiet or None)
+        )
     _raise_if([result for result in results if isinstance(result, str)], dataset.path)
     return [result for result in results if isinstance(result, CachedItem)]
 
@@ -269,6 +271,9 @@ def _write_array(path: Path, array: NDArray[np.uint8]) -> None:
     atomic_write(path, buffer.getvalue())
 
 
+Named = TypeVar("Named", Item, CachedItem)
+
+
 def snapshot_id(items: Iterable[CachedItem]) -> str:
     """Identity of a data set: hashed from the names and contents of its items, whatever their order."""
     lines = sorted(f"{item.name} {item.digest}" for item in items)
@@ -287,7 +292,7 @@ def class_shares(items: Iterable[CachedItem], schema: LabelSchema) -> NDArray[np
     return shares
 
 
-def split(items: Sequence[CachedItem], validation_percent: float) -> tuple[list[CachedItem], list[CachedItem]]:
+def split(items: Sequence[Named], validation_percent: float) -> tuple[list[Named], list[Named]]:
     """Split off a validation part: by the hash of its name, so that an item never changes sides at a re-run.
 
     Returns:
@@ -321,7 +326,7 @@ class Panoramas(Dataset[tuple[Tensor, Tensor]]):
         transform: augmentation of (h, w, 3) float32 image and (h, w) uint8 class map; None for validation.
         seed: with the index it determines the augmentation, whatever ran before.
 
-    An index counts on beyond the items: index e · n + i is item i as epoch e sees it.
+    The index (e, i) is item i as epoch e sees it; a plain i means epoch 0.
     """
 
     def __init__(
@@ -335,8 +340,8 @@ class Panoramas(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(index, len(self._items))
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, place = index if isinstance(index, tuple) else (0, index)
         item = self._items[place]
         image = np.load(item.image, mmap_mode="r").astype(np.float32) / 255
         class_map = self._schema.class_map(np.load(item.mask, mmap_mode="r"))
@@ -349,11 +354,11 @@ class Panoramas(Dataset[tuple[Tensor, Tensor]]):
         )
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """A new order every epoch that depends on seed and epoch only, dealt out to the processes of a distributed run.
 
     Every process gets the same number of items; the order is repeated from its start where it does not divide. The
-    indices carry the epoch, as `Panoramas` expects.
+    indices carry the epoch, as `Panoramas` takes it.
     """
 
     def __init__(self, size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -367,7 +372,7 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return -(-self._size // self._world_size)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng((self._seed, self.epoch)).permutation(self._size)
         dealt = np.resize(order, len(self) * self._world_size)[self._rank :: self._world_size]
-        return iter((dealt + self.epoch * self._size).tolist())
+        return iter([(self.epoch, int(place)) for place in dealt])

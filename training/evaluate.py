@@ -60,7 +60,7 @@ def evaluate(bundle: ModelBundle, dataset: DatasetFolder, *, device: str = "auto
     predicted_index[[label.id for label in columns]] = range(len(columns))
     total = np.zeros((len(labels), len(columns)), np.int64)
     results = []
-    for item in tqdm(dataset.items, "Evaluating", unit="img", leave=False):
+    for item in tqdm(dataset.items, "Evaluating", unit="img", leave=False, disable=None):
         label_map = read_label_map(item.mask)
         _check_ids(item.mask.name, label_map, labels, void)
         started = time.perf_counter()

@@ -333,8 +333,9 @@ def _device_memory(name: str) -> int:
 @contextlib.contextmanager
 def _calm() -> Iterator[None]:
     """Keep the libraries' remarks about choices that were made on purpose away from the screen."""
-    for name in ("lightning.pytorch", "mlflow", "alembic"):
+    for name in ("lightning.pytorch", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)  # it warns that a store is new
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",

@@ -16,7 +16,7 @@ from sscloud.errors import BundleError, ConfigError
 from sscloud.labels import LabelSchema
 from sscloud.unet import Architecture, UNet
 from tools.commands import package as verb
-from tools.packaging import check_name, describe, fill_template, find_name, package, replace_scalars
+from tools.function_folder import check_name, describe, fill_template, find_name, package, replace_scalars
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """`sscloud import-checkpoint`: a .pth of milesial/Pytorch-UNet → bundle."""
 
 import argparse
-import math
 from pathlib import Path
 
 NAME = "import-checkpoint"
@@ -38,38 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, and say what was found."""
-    from sscloud.bundle import Manifest, channel_ids, read_checkpoint, save_bundle
-    from sscloud.errors import ConfigError
+    from sscloud.bundle import import_checkpoint, read_checkpoint
     from sscloud.labels import LabelSchema
 
-    top, bottom = args.elevation
-    if not (math.isfinite(top) and -90 <= bottom < top <= 90):
-        raise ConfigError(f"--elevation runs from the top down within 90 to -90 degrees, found {top:g} {bottom:g}.")
     labels = LabelSchema.from_yaml(args.labels) if args.labels else LabelSchema.default()
-    checkpoint = read_checkpoint(args.checkpoint)
-    ids = channel_ids(checkpoint, labels, source=str(args.checkpoint))
-    architecture = checkpoint.model.architecture
-    manifest = Manifest(
-        name=args.name or args.checkpoint.stem,
-        version=args.version,
-        architecture=architecture,
+    bundle = import_checkpoint(
+        args.checkpoint,
+        args.output,
         labels=labels,
-        label_ids=ids,
         scale=args.scale,
-        resample="bicubic",
+        elevation=(args.elevation[0], args.elevation[1]),
         encoding=args.encoding,
-        aspect=360 / (top - bottom),
-        elevation=(top, bottom),
-        parent=args.checkpoint.name,
+        name=args.name,
+        version=args.version,
+        overwrite=args.overwrite,
     )
-    bundle = save_bundle(args.output, checkpoint.model, manifest, overwrite=args.overwrite)
-    if checkpoint.mask_values is None:
+    manifest = bundle.manifest
+    values = read_checkpoint(args.checkpoint).mask_values
+    if values is None:
         print("Warning: the file has no mask_values; channels were given the labels in the order of the schema.")
-    named = len(checkpoint.mask_values or labels.class_ids)
-    rest = f", {len(ids) - named} further channels write 0" if len(ids) > named else ""
-    names = ", ".join(f"{i} {label.name}" for i in ids[:named] if (label := labels.by_id(i)) is not None)
+    named = len(values or labels.class_ids[: manifest.architecture.classes])
+    more = len(manifest.label_ids) - named
+    names = ", ".join(f"{i} {label.name}" for i in manifest.label_ids[:named] if (label := labels.by_id(i)) is not None)
     print(
-        f"{bundle.path}: {architecture.classes} channels ({names}{rest}), base width {architecture.base_width}, "
-        f"{architecture.upsampling} up-sampling, scale {args.scale:g}"
+        f"{bundle.path}: {manifest.architecture.classes} channels ({names}{f'; {more} more write 0' if more else ''}), "
+        f"base width {manifest.architecture.base_width}, {manifest.architecture.upsampling} up-sampling, "
+        f"scale {args.scale:g}"
     )
     return 0

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from tools.packaging import package
+    from tools.function_folder import package
 
     name = package(args.bundle, args.output, name=args.name, overwrite=args.overwrite)
     print(f"{args.output}: function {name}, self-contained.")

@@ -56,7 +56,9 @@ def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Seque
     existing = [path for path in outputs if path.exists()]
     if existing and not overwrite:
         raise ConfigError(f"{existing[0]} exists already ({len(existing)} such file(s)). Add --overwrite to replace.")
-    for image, output in tqdm(list(zip(images, outputs, strict=True)), "Predicting", unit="img", leave=False):
+    for image, output in tqdm(
+        list(zip(images, outputs, strict=True)), "Predicting", unit="img", leave=False, disable=None
+    ):
         write_label_map(output, predictor.predict_file(image).label_map)
 
 
