@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -139,7 +140,7 @@ class Manifest:
                 raise BundleError(f"{source}: '{name}' must be {expected}, found {getattr(self, name)!r}.")
 
         def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
         def whole(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
@@ -174,6 +175,13 @@ class Manifest:
                 "azimuth",
                 "a direction and degrees",
             )
+        for name in ("parent", "snapshot"):
+            require(isinstance(getattr(self, name), str | None), name, "a text or null")
+        for name in ("code_version", "created", "weights_sha256"):
+            require(isinstance(getattr(self, name), str), name, "a text")
+        # A class that never occurs has no score: NaN is a value here.
+        scores = self.metrics.values() if isinstance(self.metrics, dict) else ["none"]
+        require(all(isinstance(score, int | float) for score in scores), "metrics", "names with numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,19 +279,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
         BundleError: unreadable, unsafe, or not a checkpoint of that network; names the tensor that does not fit.
     """
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip, system and runtime errors for damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"{path} is not a checkpoint that can be loaded safely (tensors and plain values only): "
-            f"{str(error).splitlines()[0]}"
+            f"{path} is not a checkpoint that can be loaded safely (tensors and plain values only): {reason}"
         ) from error
     if not isinstance(content, Mapping):
         raise BundleError(f"{path} holds a {type(content).__name__}, expected a state dict (a whole model was saved?).")
     state = {str(name): value for name, value in content.items() if name != "mask_values"}
     model = UNet(architecture_of(state, wrap=False, source=str(path)))
     load_state(model, state, source=str(path))
+    if model.architecture.classes == 1:
+        raise BundleError(
+            f"{path} has one channel, whose sign decides between two classes. Bundles hold a channel a class: train it "
+            "again with --classes 2."
+        )
     values = content.get("mask_values")
     if values is None:
         return Checkpoint(model=model.eval(), mask_values=None)

@@ -25,6 +25,9 @@ NO_RETURN_BELOW = 28
 The brightest channel of an encoded unit normal is at least (1 - 1/√3) / 2 * 255 = 53.9, that of a no-return is 0;
 the threshold lies half-way, which leaves room for JPEG noise on both sides."""
 
+_LEAST_COVER = 0.05
+"""Share of a scaled pixel that returns must cover: half a wire of one pixel at scale 0.1."""
+
 Resample = Literal["bicubic", "valid-area"]
 Encoding = Literal["normals", "rgb"]
 
@@ -119,19 +122,19 @@ def resize_image(
     """Scale an image to the network's input size → (h, w, 3) uint8.
 
     `bicubic` is Pillow's antialiased filter over all pixels, as milesial/Pytorch-UNet uses. `valid-area` averages the
-    pixels with a return only and gives normals their unit length back; a target pixel less than half covered by returns
-    is black.
+    pixels with a return only and gives normals their unit length back; it is black only where
+    hardly anything returned, so that wires and railings, a pixel wide, outlive the scaling.
     """
     height, width = size_hw
     if resample == "bicubic":
-        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     return _resize_valid(image, size_hw, encoding)
 
 
 def resize_label_map(label_map: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
     """Scale a (H, W) uint8 map by taking the nearest pixel → (h, w) uint8."""
     height, width = size_hw
-    return np.asarray(Image.fromarray(label_map).resize((width, height), Image.Resampling.NEAREST))
+    return np.array(Image.fromarray(label_map).resize((width, height), Image.Resampling.NEAREST))
 
 
 def _resize_valid(image: NDArray[np.uint8], size_hw: tuple[int, int], encoding: Encoding) -> NDArray[np.uint8]:
@@ -149,7 +152,7 @@ def _resize_valid(image: NDArray[np.uint8], size_hw: tuple[int, int], encoding: 
         normals = mean / 127.5 - 1
         normals /= np.maximum(np.linalg.norm(normals, axis=2, keepdims=True), 1e-6)
         mean = (normals + 1) * 127.5
-    mean[cover < 0.5] = 0
+    mean[cover < _LEAST_COVER] = 0
     return np.rint(mean).clip(0, 255).astype(np.uint8)
 
 

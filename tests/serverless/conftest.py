@@ -20,7 +20,7 @@ from PIL import Image
 from sscloud.bundle import Manifest, save_bundle
 from sscloud.labels import LabelSchema
 from sscloud.unet import Architecture, UNet
-from tools.packaging import package
+from tools.function_folder import package
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ import yaml
 
 import serverless
 from sscloud.bundle import ModelBundle
+from tools.function_folder import TEMPLATES
 from tools.nuclio import parse_duration
-from tools.packaging import TEMPLATES
 
 STRING, INTEGER, STRINGS = "a string", "an integer", "a map of strings"
 DIRECTIVES = [{"kind": STRING, "value": STRING}]

@@ -1,0 +1,90 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from sscloud.bundle import ModelBundle
+from sscloud.image import read_label_map
+from tools.cli import main
+
+QUICK = ["--scale", "0.5", "--base-width", "4", "--device", "cpu", "--no-augment"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_panorama: Callable[..., NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two panoramas; the working folder is beside them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "data"
+    (root / "imgs").mkdir(parents=True)
+    (root / "masks").mkdir()
+    for seed in (1, 2):
+        image = make_panorama(seed=seed)
+        Image.fromarray(image).save(root / f"imgs/{seed}.png")
+        Image.fromarray(np.where(image[..., 2] > 128, 2, 6).astype(np.uint8)).save(root / f"masks/{seed}.png")
+    return root
+
+
+def test_from_data_to_masks(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--epochs", "1", "--pth-checkpoints", "checkpoints", "--no-wrap", "--resample", "bicubic", *QUICK]
+
+    assert main(["train", "data", "--name", "Улица", "--version", "2", *flags]) == 0
+
+    (run,) = [path for path in Path("runs").iterdir() if path.is_dir()]
+    printed = capsys.readouterr().out
+    assert f"The best model is in {run / 'bundle'} (epoch 1, mIoU 0." in printed
+    assert f"sscloud evaluate {run / 'bundle'}" in printed
+    assert ModelBundle.load(run / "bundle").manifest.title == "Улица v2"
+    assert json.loads((run / "config.json").read_bytes())["config"]["dataset"] == str(data)
+
+    command = ["import-checkpoint", "checkpoints/checkpoint_epoch1.pth", "--scale", "0.5", "-o", "imported"]
+    assert main(command) == 0
+    for bundle in (run / "bundle", Path("imported")):
+        assert main(["predict", str(bundle), "data/imgs/1.png", "-o", f"out-{bundle.name}", "--device", "cpu"]) == 0
+    masks = [read_label_map(next(Path(f"out-{name}").glob("*.png"))) for name in ("bundle", "imported")]
+    assert (masks[0] == masks[1]).all()
+
+    assert main(["export", str(run), "-o", "models/a", "--name", "Двор", "--version", "5"]) == 0
+    assert "Двор v5 in models/a (epoch 1" in capsys.readouterr().out
+
+
+def test_resume(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "data", "--resume"]) == 2
+    assert "There is no run in runs/ to resume" in capsys.readouterr().err
+    assert main(["train", "data", "-o", "runs/a", "--resume", "--epochs", "1", *QUICK]) == 0
+    assert "Nothing to resume in runs/a yet: starting." in capsys.readouterr().out
+    metrics = Path("runs/a/metrics.csv").read_bytes()
+    assert main(["train", "data", "--resume", "--device", "cpu"]) == 0  # the latest run, which is done
+    assert Path("runs/a/metrics.csv").read_bytes() == metrics
+
+    assert main(["train", "data", "-o", "runs/a", "--resume", "--epochs", "9", "--scale", "0.25"]) == 2
+    assert "runs/a goes on as it was started (epochs was 1, not 9; scale was 0.5, not 0.25)" in capsys.readouterr().err
+    assert main(["train", "data", "-o", "runs/a", *QUICK]) == 2
+    assert "runs/a holds a run already" in capsys.readouterr().err
+
+
+def test_errors_before_training(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["nowhere"], "nowhere/imgs is missing"),
+        (["data", "--scale", "0.1"], "128x64 at scale 0.1 is 12x6; the network needs at least 16 pixels"),
+        (["data", "--epochs", "0"], "--epochs must be at least 1, found 0"),
+        (["data", "--load", "missing.pth", *QUICK], "missing.pth cannot be read"),
+    ):
+        assert main(["train", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sscloud train: ")
+        assert message in error
+    assert not Path("runs").exists()
+
+
+def test_several_processes_need_a_name(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    assert main(["train", "data"]) == 2
+    assert "Several processes need one run folder: name it with --output" in capsys.readouterr().err
