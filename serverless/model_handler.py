@@ -8,9 +8,6 @@ from sscloud.bundle import ModelBundle
 from sscloud.inference import Predictor
 from sscloud.shapes import Region, find_regions, mask_json, outline
 
-ATTRIBUTES = ("model", "confidence")
-"""Text attributes of every region. CVAT keeps those that the function's spec and the task's label declare."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:

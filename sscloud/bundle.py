@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from sscloud.errors import BundleError, SchemaError
 from sscloud.files import atomic_folder, atomic_write
 from sscloud.image import Encoding, Resample
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet, Upsampling, architecture_of, load_state
+from sscloud.unet import Architecture, UNet, Upsampling, architecture_of, build
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the manifest's layout."""
@@ -227,14 +230,12 @@ class ModelBundle:
         Raises:
             BundleError: the weights do not fit the architecture.
         """
-        model = UNet(self.manifest.architecture)
         file = self.path / WEIGHTS
         try:
             state = load_tensors(_read(file))
         except SafetensorError as error:
             raise BundleError(f"{file} is not a safetensors file: {error}. Copy the bundle again.") from error
-        load_state(model, state, source=str(file))
-        return model.eval()
+        return build(self.manifest.architecture, state, source=str(file))
 
 
 def save_bundle(path: Path, model: UNet, manifest: Manifest, *, overwrite: bool = False) -> ModelBundle:
@@ -250,7 +251,7 @@ def save_bundle(path: Path, model: UNet, manifest: Manifest, *, overwrite: bool 
     manifest = dataclasses.replace(manifest, weights_sha256=hashlib.sha256(weights).hexdigest())
     manifest.check("The manifest")
     text = json.dumps(manifest.to_dict(), ensure_ascii=False, indent=2) + "\n"
-    with atomic_folder(path, overwrite=overwrite) as folder:
+    with atomic_folder(path, marker=MANIFEST, overwrite=overwrite) as folder:
         atomic_write(folder / WEIGHTS, weights)
         atomic_write(folder / MANIFEST, text.encode())
     return ModelBundle(path=path, manifest=manifest)
@@ -292,8 +293,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise BundleError(f"{path} holds a {type(content).__name__}, expected a state dict (a whole model was saved?).")
     state = {str(name): value for name, value in content.items() if name != "mask_values"}
-    model = UNet(architecture_of(state, wrap=False, source=str(path)))
-    load_state(model, state, source=str(path))
+    model = build(architecture_of(state, wrap=False, source=str(path)), state, source=str(path))
     if model.architecture.classes == 1:
         raise BundleError(
             f"{path} has one channel, whose sign decides between two classes. Bundles hold a channel a class: train it "
@@ -301,7 +301,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     values = content.get("mask_values")
     if values is None:
-        return Checkpoint(model=model.eval(), mask_values=None)
+        return Checkpoint(model=model, mask_values=None)
     if not isinstance(values, Sequence) or not all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255 for value in values
     ):
@@ -314,7 +314,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: 'mask_values' names {len(values)} label ids, but the network has only "
             f"{model.architecture.classes} channels."
         )
-    return Checkpoint(model=model.eval(), mask_values=tuple(values))
+    return Checkpoint(model=model, mask_values=tuple(values))
 
 
 def channel_ids(checkpoint: Checkpoint, labels: LabelSchema, *, source: str) -> tuple[int, ...]:
@@ -324,6 +324,8 @@ def channel_ids(checkpoint: Checkpoint, labels: LabelSchema, *, source: str) -> 
         BundleError: an id that the labels lack.
     """
     classes = checkpoint.model.architecture.classes
+    if checkpoint.mask_values is None:
+        log.warning("%s has no mask_values: its channels are given the labels in the order of the schema.", source)
     named = checkpoint.mask_values if checkpoint.mask_values is not None else labels.class_ids[:classes]
     ids = named + (0,) * (classes - len(named))
     if unknown := sorted({i for i in ids if labels.by_id(i) is None}):

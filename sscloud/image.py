@@ -4,7 +4,7 @@ import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -25,8 +25,14 @@ NO_RETURN_BELOW = 28
 The brightest channel of an encoded unit normal is at least (1 - 1/√3) / 2 * 255 = 53.9, that of a no-return is 0;
 the threshold lies half-way, which leaves room for JPEG noise on both sides."""
 
-_LEAST_COVER = 0.05
-"""Share of a scaled pixel that returns must cover: half a wire of one pixel at scale 0.1."""
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"})
+"""Endings of the pictures that are looked for in folders, lower case."""
+
+RESAMPLE_VERSION = 1
+"""Counts changes of what `resize_image` does, so that nothing scaled by an older rule is taken for current."""
+
+_ORIENTATION = 0x0112
+"""The EXIF tag; its values 5 to 8 swap the sides."""
 
 Resample = Literal["bicubic", "valid-area"]
 Encoding = Literal["normals", "rgb"]
@@ -42,7 +48,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     Raises:
         ImageError: no picture, a format not in `FORMATS`, broken or truncated, or more than `max_pixels`.
     """
-    with _open(data, max_pixels) as image:
+    with _open(io.BytesIO(data), max_pixels) as image:
         try:
             upright = ImageOps.exif_transpose(image)
             upright.info.pop("transparency", None)  # a palette's would only make Pillow warn
@@ -67,7 +73,7 @@ def read_label_map(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.ui
     """
 
     def decode(data: bytes) -> NDArray[np.uint8]:
-        with _open(data, max_pixels) as image:
+        with _open(io.BytesIO(data), max_pixels) as image:
             if image.mode not in ("1", "L", "P"):
                 raise ImageError(
                     f"it is a picture of mode {image.mode}, but a mask is 8-bit with one channel that holds label ids. "
@@ -82,20 +88,22 @@ def read_label_map(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.ui
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) of a picture as `read_image` would give it, read from its header only.
+    """(H, W) of a picture as `read_image` would give it, from its header.
 
     Raises:
         ImageError: no picture, or one over `MAX_PIXELS`.
     """
 
-    def size(data: bytes) -> tuple[int, int]:
-        with _open(data, MAX_PIXELS) as image:
+    try:
+        with path.open("rb") as stream, _open(stream, MAX_PIXELS) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # the EXIF orientations 5 to 8 swap the sides
-                width, height = height, width
-            return height, width
-
-    return _named(path, size)
+            # Asking a PNG for EXIF that its header does not announce would decode all of it.
+            turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(_ORIENTATION, 1) >= 5
+            return (width, height) if turned else (height, width)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from error
 
 
 def write_label_map(path: Path, label_map: NDArray[np.uint8]) -> None:
@@ -122,13 +130,16 @@ def resize_image(
     """Scale an image to the network's input size → (h, w, 3) uint8.
 
     `bicubic` is Pillow's antialiased filter over all pixels, as milesial/Pytorch-UNet uses. `valid-area` averages the
-    pixels with a return only and gives normals their unit length back; it is black only where
-    hardly anything returned, so that wires and railings, a pixel wide, outlive the scaling.
+    pixels with a return only and gives normals their unit length back; a target pixel less than half
+    covered by returns is black, as the nearest pixel's label would mostly be. Colours are averaged over all pixels.
     """
     height, width = size_hw
     if resample == "bicubic":
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-    return _resize_valid(image, size_hw, encoding)
+    if encoding == "rgb":
+        # In colours black is a colour: shadow, asphalt.
+        return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    return _resize_valid(image, size_hw)
 
 
 def resize_label_map(label_map: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
@@ -137,7 +148,7 @@ def resize_label_map(label_map: NDArray[np.uint8], size_hw: tuple[int, int]) -> 
     return np.array(Image.fromarray(label_map).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _resize_valid(image: NDArray[np.uint8], size_hw: tuple[int, int], encoding: Encoding) -> NDArray[np.uint8]:
+def _resize_valid(image: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
     height, width = size_hw
     valid = (~no_return(image)).astype(np.uint8)
     # Black pixels add nothing to an area average, so average · area / valid area is the mean over returns.
@@ -147,26 +158,25 @@ def _resize_valid(image: NDArray[np.uint8], size_hw: tuple[int, int], encoding: 
     ).astype(np.float32)
     cover = cv2.resize(valid * np.uint16(1 << 15), (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
     cover /= 1 << 15
-    mean = total / 256 / np.maximum(cover, 1e-6)[..., None]
-    if encoding == "normals":
-        normals = mean / 127.5 - 1
-        normals /= np.maximum(np.linalg.norm(normals, axis=2, keepdims=True), 1e-6)
-        mean = (normals + 1) * 127.5
-    mean[cover < _LEAST_COVER] = 0
-    return np.rint(mean).clip(0, 255).astype(np.uint8)
+    normals = total / 256 / np.maximum(cover, 1e-6)[..., None] / 127.5 - 1
+    normals /= np.maximum(np.linalg.norm(normals, axis=2, keepdims=True), 1e-6)
+    encoded = (normals + 1) * 127.5
+    encoded[cover < 0.5] = 0
+    return np.rint(encoded).clip(0, 255).astype(np.uint8)
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(stream: IO[bytes], max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures by a bound of its own; ours is checked below, before any pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError(f"The image is too large: {error}") from error
     except Exception as error:
         raise ImageError(
-            f"These {len(data)} bytes are not a picture that can be read ({', '.join(FORMATS)} are understood)."
+            f"These {stream.seek(0, io.SEEK_END)} bytes are not a picture that can be read "
+            f"({', '.join(FORMATS)} are understood)."
         ) from error
     width, height = image.size
     if width * height > max_pixels:

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from sscloud.labels import count_ids
 
+ATTRIBUTES = ("model", "confidence")
+"""Text attributes that every region carries. CVAT keeps those that the function's spec and the task's label declare."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:

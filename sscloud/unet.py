@@ -203,13 +203,15 @@ def architecture_of(state: Mapping[str, object], *, wrap: bool, source: str) -> 
     )
 
 
-def load_state(model: UNet, state: Mapping[str, object], *, source: str) -> None:
-    """Load a state dict strictly.
+def build(architecture: Architecture, state: Mapping[str, object], *, source: str) -> UNet:
+    """A network with the given weights, in evaluation mode on the CPU; strict, and checked before memory is taken.
 
     Raises:
         BundleError: names every missing, surplus or misshapen tensor.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        blank = UNet(architecture)
+    expected = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
     problems = [f"{name}: missing" for name in expected if name not in state]
     problems += [f"{name}: not part of the network" for name in state if name not in expected]
     for name, size in expected.items():
@@ -225,4 +227,6 @@ def load_state(model: UNet, state: Mapping[str, object], *, source: str) -> None
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise BundleError(f"The tensors of {source} do not fit the network: {'; '.join(problems[:8])}{more}.")
+    model = UNet(architecture)
     model.load_state_dict(state)
+    return model.eval()

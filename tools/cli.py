@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 2 for an error that a message explains; 130 after Ctrl-C.
+        0; 1 when something was left out as asked; 2 for an error that a message explains; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = [name for group in GROUPS.values() for name in group]
@@ -113,6 +113,11 @@ def run_command(command: Command, arguments: Sequence[str], *, prog: str) -> int
                 file=sys.stderr,
             )
             return 2
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            reason = error.strerror or error
+            print(f"{prog}: {where}{reason}. Check the path, its permissions and the free space.", file=sys.stderr)
+            return 2
         raise
 
 
@@ -121,7 +126,7 @@ _EXTRA_OF = {
     "mlflow": "train",
     "sqlalchemy": "train",
     "torchmetrics": "train",
-    "tqdm": "train",
+    "tqdm": "report",
     "fastapi": "serve",
     "uvicorn": "serve",
     "jinja2": "report",

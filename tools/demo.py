@@ -42,6 +42,9 @@ from training.train import train
 MARKER = ".sscloud-demo"
 """In a folder that the demo made, and may therefore clear."""
 
+ELEVATION = (90.0, -60.0)
+"""Top and bottom edge in degrees: a scanner with a blind cone, as most are."""
+
 _START_SECONDS = 120
 _REQUEST_SECONDS = 120
 """CVAT waits as long for a frame by default."""
@@ -54,9 +57,9 @@ class DemoConfig:
     output: Path
     scenes: int = 36
     unseen: int = 9
-    width: int = 1024
-    scale: float = 0.5
-    epochs: int = 22
+    width: int = 512
+    scale: float = 1.0
+    epochs: int = 24
     base_width: int = 8
     seed: int = 1
     overwrite: bool = False
@@ -78,9 +81,9 @@ def demo(config: DemoConfig) -> Path:
 
     scenes, unseen = folder / "scenes", folder / "unseen"
     with _stage(stages, "sample", "dataset") as note:
-        generate(scenes, count=config.scenes, seed=config.seed, width=config.width)
+        generate(scenes, count=config.scenes, seed=config.seed, width=config.width, elevation=ELEVATION)
         # Another seed draws other scenes altogether; nothing of them is trained or validated on.
-        generate(unseen, count=config.unseen, seed=config.seed + 1_000_000, width=config.width)
+        generate(unseen, count=config.unseen, seed=config.seed + 1_000_000, width=config.width, elevation=ELEVATION)
         note(f"{config.scenes} scenes to learn from, {config.unseen} unseen; {config.width} pixels wide")
 
     with _stage(stages, "train", "run") as note:
@@ -89,7 +92,7 @@ def demo(config: DemoConfig) -> Path:
             epochs=config.epochs,
             batch_size=2,
             scale=config.scale,
-            learning_rate=4e-3,
+            learning_rate=3e-3,
             base_width=config.base_width,
             seed=config.seed,
         )
@@ -159,9 +162,7 @@ def _claim(folder: Path, *, overwrite: bool) -> None:
         if not marker.exists():
             raise ConfigError(f"{folder} holds files that no demo made. Name another folder with --output.")
         if not overwrite:
-            raise ConfigError(
-                f"{folder} holds a demo already. Add --overwrite to run it again."
-            )
+            raise ConfigError(f"{folder} holds a demo already. Add --overwrite to run it again.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()

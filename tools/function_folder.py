@@ -7,6 +7,7 @@ FOLDER/
   bundle/                            weights and manifest
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -15,13 +16,12 @@ from pathlib import Path
 
 import yaml
 
-import serverless
 import sscloud
-from serverless.model_handler import ATTRIBUTES
 from sscloud.bundle import MANIFEST, WEIGHTS, Manifest, ModelBundle
 from sscloud.errors import ConfigError
 from sscloud.files import atomic_folder
 from sscloud.labels import LabelSchema
+from sscloud.shapes import ATTRIBUTES
 
 MODULES = ("main.py", "model_handler.py")
 TEMPLATES = ("function.yaml", "function-gpu.yaml")
@@ -49,7 +49,7 @@ def package(bundle_path: Path, folder: Path, *, name: str | None = None, overwri
     """
     bundle = ModelBundle.load(bundle_path)
     function_name = find_name(bundle.manifest.name) if name is None else check_name(name)
-    with atomic_folder(folder, overwrite=overwrite) as target:
+    with atomic_folder(folder, marker="function.yaml", overwrite=overwrite) as target:
         for template in TEMPLATES:
             text = (_source() / template).read_text(encoding="utf-8")
             filled = fill_template(text, bundle.manifest, name=function_name)
@@ -146,8 +146,11 @@ def replace_scalars(text: str, values: Mapping[tuple[str, ...], str]) -> str:
 
 
 def _source() -> Path:
-    """Where the templates and modules of the function are: in the checkout, or in the installed package."""
-    return Path(serverless.__file__).parent
+    """The folder of the package `serverless`, found without importing it."""
+    spec = importlib.util.find_spec("serverless")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("The package 'serverless' is not installed. Install SSCloud again.")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _copy_package(source: Path, target: Path) -> None:

@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
     from sscloud.labels import LabelSchema
 
     labels = LabelSchema.from_yaml(args.labels) if args.labels else LabelSchema.default()
-    images = predict.list_images(args.input)
+    # Its own earlier masks lie beside the images by default; they are no panoramas.
+    images = [image for image in predict.list_images(args.input) if not image.stem.endswith("_OUT")]
+    if not images:
+        raise ConfigError("There are no images to predict, only masks named *_OUT.")
     outputs = _outputs(images, args.output)
     with tempfile.TemporaryDirectory() as folder:
         bundle = import_checkpoint(args.model, Path(folder) / "bundle", labels=labels, scale=args.scale)
@@ -80,7 +83,7 @@ def _outputs(images: list[Path], given: list[Path] | None) -> list[Path]:
 
 def main() -> int:
     """Run the old command."""
-    return run_command(sys.modules[__name__], sys.argv[1:], prog=f"python {Path(__file__).name}")
+    return run_command(sys.modules[__name__], sys.argv[1:], prog=f"python tools/{Path(__file__).name}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def _transform_normals(image: Image, matrix: NDArray[np.float64]) -> Image:
 
 
 class YawMirror:
-    """Random yaw over the full turn, mirrored half of the time."""
+    """Random yaw over the full turn, mirrored half of the time; for normals panoramas."""
 
     def __init__(self, azimuth: Azimuth) -> None:
         self._azimuth = azimuth
@@ -57,3 +57,12 @@ class YawMirror:
         if rng.random() < 0.5:
             image, class_map = mirror(image, class_map, self._azimuth)
         return image, class_map
+
+
+class RollFlip:
+    """The same for colours, of which only the pixels move."""
+
+    def __call__(self, image: Image, class_map: ClassMap, rng: np.random.Generator) -> tuple[Image, ClassMap]:
+        """Augment one panorama."""
+        columns, step = int(rng.integers(image.shape[1])), -1 if rng.random() < 0.5 else 1
+        return np.roll(image, columns, axis=1)[:, ::step], np.roll(class_map, columns, axis=1)[:, ::step]

@@ -26,7 +26,7 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch that ends."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"epoch": float(trainer.current_epoch + 1), "train_loss": metrics.pop("train_loss_epoch")}
+        row = {"epoch": float(trainer.current_epoch + 1), "train_loss": metrics.pop("train_loss")}
         row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row.update({name: value for name, value in sorted(metrics.items()) if not name.startswith("train_loss")})
         self._rows.append(row)
@@ -70,7 +70,7 @@ class EpochLines(Callback):
             miou = f"  mIoU {float(metrics['miou']):.3f}" if "miou" in metrics else ""
             print(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-                f"loss {float(metrics['train_loss_epoch']):.3f}{miou}",
+                f"loss {float(metrics['train_loss']):.3f}{miou}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -81,6 +81,12 @@ class Place:
     processes_per_node: int = 1
     nodes: int = 1
 
+    def __post_init__(self) -> None:
+        if self.version < 1:
+            raise ConfigError(f"--version must be a whole number from 1 (CVAT demands one), found {self.version}.")
+        if not self.name.strip():
+            raise ConfigError("--name must not be empty: CVAT shows it.")
+
     @property
     def world_size(self) -> int:
         """Processes that train together."""
@@ -162,14 +168,15 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> TrainConfig:
         ConfigError: no readable configuration, or another one was asked for.
     """
     stored = read_run(run).config
-    changed = {name: value for name, value in given.items() if getattr(stored, name) != value}
+    # A data set may have moved; that it is the same one, its snapshot tells.
+    changed = {name: value for name, value in given.items() if name != "dataset" and getattr(stored, name) != value}
     if changed:
         lines = "; ".join(f"{name} was {getattr(stored, name)!r}, not {value!r}" for name, value in changed.items())
         raise ConfigError(
             f"{run} goes on as it was started ({lines}). Leave these out with --resume, or start a new run with "
             "--load to build on its model."
         )
-    return stored
+    return dataclasses.replace(stored, dataset=given.get("dataset", stored.dataset))
 
 
 def write_config(run: Path, config: TrainConfig, facts: RunFacts) -> None:

@@ -10,6 +10,7 @@ DATASET/
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +30,23 @@ from tqdm import tqdm
 from sscloud.bundle import Azimuth
 from sscloud.errors import DatasetError, ImageError, SSCloudError
 from sscloud.files import atomic_write
-from sscloud.image import Encoding, Resample, image_size, read_image, read_label_map, resize_image, resize_label_map
+from sscloud.image import (
+    RESAMPLE_VERSION,
+    SUFFIXES,
+    Encoding,
+    Resample,
+    image_size,
+    read_image,
+    read_label_map,
+    resize_image,
+    resize_label_map,
+)
 from sscloud.image import scaled_size as scaled_size_of
 from sscloud.labels import LabelSchema, count_ids
 from sscloud.unet import STRIDE
 
 IMAGES, MASKS, LABELS, FACTS, CACHE = "imgs", "masks", "labels.yaml", "dataset.yaml", ".cache"
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp"}
 _PROBLEMS_SHOWN = 12
 
 
@@ -121,7 +131,7 @@ def open_dataset(path: Path, *, labels: Path | None = None) -> DatasetFolder:
         items.append(Item(name=stem, image=image, mask=mask, size_hw=image_hw))
     _raise_if(problems, path)
     if not items:
-        raise DatasetError(f"{path / IMAGES} holds no images ({', '.join(sorted(_SUFFIXES))}).")
+        raise DatasetError(f"{path / IMAGES} holds no images ({', '.join(sorted(SUFFIXES))}).")
     return DatasetFolder(path=path, schema=schema, facts=read_facts(path / FACTS), items=tuple(items))
 
 
@@ -164,13 +174,16 @@ def _elevation(value: Any) -> tuple[float, float]:
 
 def _azimuth(value: Any) -> Azimuth:
     direction: Literal[1, -1] = {1: 1, -1: -1}[value["direction"]]  # type: ignore[assignment]
-    return Azimuth(direction=direction, column_0=float(value["column_0"]))
+    column_0 = float(value["column_0"])
+    if not math.isfinite(column_0):
+        raise ValueError(f"'column_0' must be an angle in degrees, found {column_0}")
+    return Azimuth(direction=direction, column_0=column_0)
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
             found.setdefault(file.stem, []).append(file)
     return found
 
@@ -238,7 +251,8 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
             f"network needs at least {STRIDE} pixels on each side. Use a larger --scale"
         )
     state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (item.image, item.mask)]
-    key = hashlib.sha256(repr((state, size_hw, resample, dataset.facts.encoding)).encode()).hexdigest()[:16]
+    rule = (resample, RESAMPLE_VERSION, dataset.facts.encoding)
+    key = hashlib.sha256(repr((state, size_hw, rule)).encode()).hexdigest()[:16]
     stem = folder / f"{item.name}-{key}"
     meta, image_npy, mask_npy = (stem.with_name(stem.name + end) for end in (".json", ".image.npy", ".mask.npy"))
     if not meta.exists():  # written last, so the arrays are whole when it is there
@@ -293,24 +307,26 @@ def class_shares(items: Iterable[CachedItem], schema: LabelSchema) -> NDArray[np
 
 
 def split(items: Sequence[Named], validation_percent: float) -> tuple[list[Named], list[Named]]:
-    """Split off a validation part: by the hash of its name, so that an item never changes sides at a re-run.
+    """Split off a validation part, by the hash of each item's own name: new items move no old ones.
+
+    The parts have the given sizes on average only. Each has at least one item (validation: unless 0 % are asked for),
+    so in a very small data set the first items may change sides.
 
     Returns:
-        (training, validation); validation is empty for 0 %, otherwise each part has at least one item.
+        (training, validation)
 
     Raises:
         DatasetError: the share leaves nothing to train on.
     """
-    count = round(len(items) * validation_percent / 100)
-    if validation_percent > 0:
-        count = max(1, count)
-    if count >= len(items):
+    if validation_percent > 0 and len(items) < 2:
         raise DatasetError(
             f"{len(items)} panorama(s) with {validation_percent:g} % for validation leave none to train on. "
             "Add panoramas, or use --validation 0."
         )
-    shuffled = sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
-    held_out = {item.name for item in shuffled[:count]}
+    place = {item.name: int.from_bytes(hashlib.sha256(item.name.encode()).digest()) / 2**256 for item in items}
+    ordered = sorted(place, key=place.__getitem__)
+    count = sum(100 * position < validation_percent for position in place.values())
+    held_out = set(ordered[: min(max(count, 1 if validation_percent > 0 else 0), len(items) - 1)])
     return [i for i in items if i.name not in held_out], [i for i in items if i.name in held_out]
 
 

@@ -44,12 +44,21 @@ def evaluate(bundle: ModelBundle, dataset: DatasetFolder, *, device: str = "auto
     The classes are those of the bundle and of the data set: one that the model does not know counts as never found.
 
     Raises:
-        DatasetError: unreadable files, or masks with ids that neither schema has.
+        SchemaError: masks with ids that neither schema has, or ids that have other names in the bundle.
+        ImageError: unreadable files.
+        DatasetError: masks that are void all over.
     """
     predictor = Predictor(bundle, device=device)
     predictor.warm_up()
     known = bundle.manifest.labels
     void = dataset.schema.void_ids
+    for label in dataset.schema.classes:
+        same = known.by_id(label.id)
+        if same is not None and known.find(label.name) != same and dataset.schema.find(same.name) != label:
+            raise SchemaError(
+                f"The id {label.id} is {same.name!r} in the bundle and {label.name!r} in the data set. Give the label "
+                "the other's name as an alias if they mean the same; else one of them needs another id."
+            )
     extra = [label for label in dataset.schema.classes if known.by_id(label.id) is None]
     both = (*known.labels, *extra)
     labels = tuple(label for label in both if label.id not in void)

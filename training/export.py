@@ -7,7 +7,7 @@ import torch
 
 from sscloud.bundle import Manifest, ModelBundle, save_bundle
 from sscloud.errors import BundleError
-from sscloud.unet import UNet, load_state
+from sscloud.unet import build
 from training.config import read_run
 
 METRICS, BEST = "metrics.csv", "checkpoints/best.ckpt"
@@ -38,9 +38,8 @@ def export_bundle(run: Path, output: Path, *, name: str, version: int, overwrite
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
         raise BundleError(f"{best} cannot be read: {str(error).splitlines()[0]}") from error
-    model = UNet(facts.architecture)
     weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
-    load_state(model, weights, source=str(best))
+    model = build(facts.architecture, weights, source=str(best))
     manifest = Manifest(
         name=name,
         version=version,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sscloud.image import scaled_size
 from sscloud.unet import STRIDE, Architecture, UNet
 
 _PARAMETER_COPIES = 4
@@ -57,8 +58,12 @@ def advise(
     """
 
     def needs(batch: int, at: float, *, amp: bool = amp) -> int:
-        size_hw = max(STRIDE, int(at * full_hw[0])), max(STRIDE, int(at * full_hw[1]))
-        return step_bytes(architecture, batch, size_hw, amp=amp)
+        return step_bytes(architecture, batch, scaled_size(full_hw, at), amp=amp)
+
+    def possible(at: float) -> bool:
+        """Whether the network takes this size; normalisation needs two values at its innermost level."""
+        height, width = scaled_size(full_hw, at)
+        return min(height, width) >= STRIDE and batch_size * (height // STRIDE) * (width // STRIDE) > 1
 
     wanted = needs(batch_size, scale)
     text = (
@@ -69,7 +74,7 @@ def advise(
     if batch_size > 1 and needs(1, scale) <= available:
         largest = next(batch for batch in range(batch_size - 1, 0, -1) if needs(batch, scale) <= available)
         options.append(f"--batch-size {largest} --scale {scale:g}")
-    scales = [step / 100 for step in range(int(scale * 100), 0, -1) if step / 100 < scale]
+    scales = [step / 100 for step in range(int(scale * 100), 0, -1) if step / 100 < scale and possible(step / 100)]
     fitting = next((at for at in scales if needs(batch_size, at) <= available), None)
     if fitting is not None:
         options.append(f"--batch-size {batch_size} --scale {fitting:g}")

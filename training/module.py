@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 
+from sscloud.errors import TrainingError
 from sscloud.unet import UNet
 from training.losses import segmentation_loss
 from training.metrics import confusion_matrix, score
@@ -23,7 +25,8 @@ class SegmentationModule(pl.LightningModule):
     Args:
         model: the network; `model.architecture.wrap` decides about the seam.
         weights: (classes,) of the cross-entropy.
-        label_ids: label ids of the classes.
+        label_ids: label ids of the classes, in the order of the targets' class indices.
+        channel_ids: the label id that each channel writes; surplus channels count as what they write.
         learning_rate: peak of the schedule.
         weight_decay: of AdamW.
         steps: optimiser steps of the whole training.
@@ -35,6 +38,7 @@ class SegmentationModule(pl.LightningModule):
         *,
         weights: Tensor,
         label_ids: tuple[int, ...],
+        channel_ids: tuple[int, ...],
         learning_rate: float,
         weight_decay: float,
         steps: int,
@@ -46,7 +50,10 @@ class SegmentationModule(pl.LightningModule):
         self._label_ids = label_ids
         self._learning_rate, self._weight_decay, self._steps = learning_rate, weight_decay, steps
         classes = len(label_ids)
-        self.register_buffer("_confusion", torch.zeros(classes, classes, dtype=torch.int64), persistent=False)
+        # A channel may write an id that is no class here (void): the last column, always wrong.
+        index_of = {label_id: index for index, label_id in enumerate(label_ids)}
+        self._class_of = np.array([index_of.get(label_id, classes) for label_id in channel_ids], np.uint8)
+        self.register_buffer("_confusion", torch.zeros(classes, classes + 1, dtype=torch.int64), persistent=False)
         self.register_buffer("_losses", torch.zeros(2, dtype=torch.float64), persistent=False)  # sum and count
         self._confusion: Tensor
         self._losses: Tensor
@@ -55,7 +62,14 @@ class SegmentationModule(pl.LightningModule):
         """Loss of one batch."""
         images, target = batch
         loss = segmentation_loss(self._logits(images), target, self.weights)
-        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The loss became {loss.item()} in epoch {self.current_epoch + 1}: training diverged. Try a tenth of "
+                "the --learning-rate, or leave out --amp. The checkpoints of the earlier epochs are whole."
+            )
+        # A row a step would cost a tracking store's commit each, a third of a small network's training time.
+        self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -64,15 +78,16 @@ class SegmentationModule(pl.LightningModule):
         self._losses.zero_()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
-        """Count pixels of one batch."""
+        """Count pixels of one panorama."""
         images, target = batch
         logits = self._logits(images)
         loss = segmentation_loss(logits, target, self.weights)
         self._losses += torch.stack([loss.double(), torch.ones_like(loss.double())])
         truth = target.to(torch.uint8).cpu().numpy()
-        # Channels beyond the schema's classes (a checkpoint habit of round numbers) can never be right.
-        predicted = logits[:, : len(self._label_ids)].argmax(1).to(torch.uint8).cpu().numpy()
-        self._confusion += torch.from_numpy(confusion_matrix(truth, predicted, len(self._label_ids))).to(self.device)
+        predicted = self._class_of[logits.argmax(1).cpu().numpy()]
+        classes = len(self._label_ids)
+        confusion = confusion_matrix(truth[0], predicted[0], classes + 1)[:classes]
+        self._confusion += torch.from_numpy(confusion).to(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Sum over the processes and log the scores."""

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from torch.utils.data import DataLoader
 from sscloud.bundle import Checkpoint, ModelBundle, channel_ids, read_checkpoint
 from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
 from sscloud.files import atomic_write
-from sscloud.inference import find_device
+from sscloud.image import scaled_size
+from sscloud.inference import find_device, is_panorama
 from sscloud.labels import LabelSchema
 from sscloud.unet import Architecture, UNet, Upsampling
 from training import memory
-from training.augment import YawMirror
+from training.augment import RollFlip, YawMirror
 from training.callbacks import AtomicCheckpoints, EpochLines, History, MilesialCheckpoints, ProgressBar
 from training.config import CONFIG, Place, RunFacts, TrainConfig, read_run, write_config
 from training.dataset import (
@@ -41,6 +43,7 @@ from training.dataset import (
     DatasetFolder,
     EpochSampler,
     Panoramas,
+    Transform,
     build_cache,
     class_shares,
     open_dataset,
@@ -77,8 +80,9 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
     model = _build_model(config, data.folder.schema)
     label_ids = _channels(model, data.folder.schema)
     if place.rank == 0:
-        _check_unchanged(place, data.snapshot)
-        write_config(place.run, config, _facts(config, data, model.architecture, label_ids))
+        facts = _facts(config, data, model.architecture, label_ids)
+        _check_unchanged(place, facts)
+        write_config(place.run, config, facts)
     schema = data.folder.schema
     weights = class_weights(class_shares(data.training, schema))
     module = SegmentationModule(
@@ -86,35 +90,33 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
         # Channels beyond the schema's classes have no pixels; their weight never counts.
         weights=torch.cat([weights, torch.ones(len(label_ids) - len(weights))]),
         label_ids=schema.class_ids,
+        channel_ids=label_ids,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         steps=config.epochs * -(-len(data.sampler) // config.batch_size),
     )
     last = place.run / LAST
+    _check_memory(config, data, model.architecture, place)
     with _calm():
         trainer = _trainer(config, place, label_ids)
         try:
             trainer.fit(
                 module,
-                _training_batches(config, data),
+                _training_batches(config, data, place),
                 _validation_batches(data, place),
                 ckpt_path=last if place.resume and last.exists() else None,
                 weights_only=True,
             )
         except (RuntimeError, MemoryError) as error:
             if memory.is_out_of_memory(error):
-                advice = memory.advise(
-                    model.architecture,
-                    config.batch_size,
-                    data.folder.items[0].size_hw,
-                    config.scale,
-                    amp=config.amp,
-                    available=_device_memory(place.device),
-                )
-                raise TrainingError(f"Out of memory. {advice}") from error
+                raise TrainingError(f"Out of memory. {_advice(config, data, model.architecture, place)}") from error
             raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+        except SystemExit as error:
+            if not trainer.interrupted:
+                raise
+            # Lightning answers Ctrl-C by leaving the process, deaf to further ones; callers shall decide that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from error
     if not trainer.is_global_zero:
         return None
     return export_bundle(place.run, place.run / BUNDLE, name=place.name, version=place.version, overwrite=True)
@@ -139,11 +141,13 @@ def _prepare(config: TrainConfig, place: Place) -> _Data:
             f"{folder.path} holds panoramas of {len(sizes)} sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}), "
             "which do not fit in one batch. Use --batch-size 1."
         )
-    if config.augment and folder.facts.azimuth is None and place.rank == 0:
-        log.warning(
-            "%s states no azimuth convention, so panoramas are neither turned nor mirrored. If you know it, write "
-            "dataset.yaml there with, for example, azimuth: {direction: 1, column_0: 0.0}.",
-            folder.path,
+    crops = [item.name for item in folder.items if not is_panorama(item.size_hw, folder.aspect)]
+    if crops and (config.wrap or config.augment):
+        raise DatasetError(
+            f"{len(crops)} of the {len(folder.items)} images of {folder.path} have another aspect than "
+            f"{folder.aspect:g} ({', '.join(crops[:5])}{', …' if len(crops) > 5 else ''}): they are crops, or "
+            "scans with another elevation range, and have no seam to wrap. Keep them in a data set of their own, or "
+            "train with --no-wrap --no-augment."
         )
     items = build_cache(
         folder,
@@ -162,12 +166,29 @@ def _prepare(config: TrainConfig, place: Place) -> _Data:
     )
 
 
-def _training_batches(config: TrainConfig, data: _Data) -> DataLoader[Any]:
+def _training_batches(config: TrainConfig, data: _Data, place: Place) -> DataLoader[Any]:
     # Reading a memory-mapped item takes well under a millisecond: worker processes would cost more than they give.
-    azimuth = data.folder.facts.azimuth
-    transform = YawMirror(azimuth) if config.augment and azimuth is not None else None
+    transform = _transform(config, data.folder, warn=place.rank == 0) if config.augment else None
     items = Panoramas(data.training, data.folder.schema, transform=transform, seed=config.seed)
     return DataLoader(items, config.batch_size, sampler=data.sampler)
+
+
+def _transform(config: TrainConfig, folder: DatasetFolder, *, warn: bool) -> Transform | None:
+    """What augmentation is right for this data; none where normals cannot be turned correctly."""
+    facts = folder.facts
+    if facts.encoding == "rgb":
+        return RollFlip()
+    if facts.azimuth is not None and config.resample == "valid-area":
+        return YawMirror(facts.azimuth)
+    reason = (
+        f"{folder.path} states no azimuth convention (in dataset.yaml, for example azimuth: {{direction: 1, "
+        "column_0: 0.0})"
+        if facts.azimuth is None
+        else "bicubic scaling blends normals with black, and such pixels cannot be turned"
+    )
+    if warn:
+        log.warning("Panoramas are neither turned nor mirrored: %s.", reason)
+    return None
 
 
 def _validation_batches(data: _Data, place: Place) -> DataLoader[Any] | None:
@@ -228,15 +249,23 @@ def _channels(model: UNet, schema: LabelSchema) -> tuple[int, ...]:
     return channel_ids(Checkpoint(model=model, mask_values=schema.class_ids), schema, source="--classes")
 
 
-def _check_unchanged(place: Place, snapshot: str) -> None:
+def _check_unchanged(place: Place, facts: RunFacts) -> None:
     """Refuse to go on with a run on other data than it began with."""
     if not (place.resume and (place.run / CONFIG).exists()):
         return
-    before = read_run(place.run).facts.snapshot
-    if before != snapshot:
+    before = read_run(place.run).facts
+    advice = "Start a new run, with --load to build on this one's model."
+    if before.snapshot != facts.snapshot:
         raise ConfigError(
-            f"The data set changed since {place.run} was started (snapshot {before}, now {snapshot}). "
-            "Start a new run, with --load to build on this one's model."
+            f"The data set changed since {place.run} was started (snapshot {before.snapshot}, now {facts.snapshot}). "
+            f"{advice}"
+        )
+    # The snapshot covers pictures and masks; a class index means something else when the labels change.
+    names = [f.name for f in dataclasses.fields(RunFacts) if f.name != "code_version"]
+    if changed := [name for name in names if getattr(before, name) != getattr(facts, name)]:
+        raise ConfigError(
+            f"What is known of the data set changed since {place.run} was started: {', '.join(changed)} "
+            f"(labels.yaml, dataset.yaml). Put it back as it was. {advice}"
         )
 
 
@@ -264,15 +293,10 @@ def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...]) -> p
     callbacks: list[pl.Callback] = [
         ProgressBar() if os.isatty(2) else EpochLines(),
         History(place.run / METRICS),
-        ModelCheckpoint(
-            (place.run / BEST).parent,
-            filename=Path(BEST).stem,
-            monitor="miou" if config.validation else None,
-            mode="max",
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
+        # Two, because one with save_last writes last.ckpt only when the best one improves; their modes tell their
+        # states apart.
+        _checkpoint(place.run / BEST, monitor="miou" if config.validation else None, mode="max"),
+        _checkpoint(place.run / LAST, monitor=None, mode="min"),
     ]
     if place.checkpoints is not None:
         callbacks.append(MilesialCheckpoints(place.checkpoints, label_ids))
@@ -289,10 +313,20 @@ def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...]) -> p
         plugins=[AtomicCheckpoints()],
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=os.isatty(2),
+    )
+
+
+def _checkpoint(path: Path, *, monitor: str | None, mode: Literal["min", "max"]) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        path.parent,
+        filename=path.stem,
+        monitor=monitor,
+        mode=mode,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
     )
 
 
@@ -322,6 +356,29 @@ def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
     return loggers
 
 
+def _check_memory(config: TrainConfig, data: _Data, architecture: Architecture, place: Place) -> None:
+    """Refuse what cannot fit in this machine's memory: Linux would kill the process in the middle, without a word."""
+    if find_device(place.device).type == "cpu":
+        size_hw = scaled_size(_largest(data), config.scale)
+        if memory.step_bytes(architecture, config.batch_size, size_hw, amp=config.amp) > _device_memory(place.device):
+            raise TrainingError(f"Not enough memory. {_advice(config, data, architecture, place)}")
+
+
+def _advice(config: TrainConfig, data: _Data, architecture: Architecture, place: Place) -> str:
+    return memory.advise(
+        architecture,
+        config.batch_size,
+        _largest(data),
+        config.scale,
+        amp=config.amp,
+        available=_device_memory(place.device),
+    )
+
+
+def _largest(data: _Data) -> tuple[int, int]:
+    return max((item.size_hw for item in data.folder.items), key=lambda size: size[0] * size[1])
+
+
 def _device_memory(name: str) -> int:
     """Bytes that training may use on a device."""
     device = find_device(name)
@@ -339,8 +396,10 @@ def _calm() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",
+            ".*You defined a .validation_step. but have no .val_dataloader.*",
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*treespec, LeafSpec.*",
+            ".*number of training batches .* is smaller than the logging interval.*",  # what is logged comes by epoch
             ".*It is recommended to use .self.log.*sync_dist=True.*",  # the scores are summed over processes already
         ):
             warnings.filterwarnings("ignore", message)

@@ -1,7 +1,6 @@
 """Atomic files and folders: whole or not at all, and nothing left behind."""
 
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -53,19 +52,15 @@ class TestAtomicWrite:
         assert names(tmp_path) == set()
 
     def test_permissions_follow_the_umask(self, tmp_path: Path) -> None:
-        before = os.umask(0o027)
-        try:
-            atomic_write(tmp_path / "f", b"")
-            assert os.umask(0o027) == 0o027
-        finally:
-            os.umask(before)
-        assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+        (tmp_path / "plain").touch()
+        atomic_write(tmp_path / "f", b"")
+        assert (tmp_path / "f").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 class TestAtomicFolder:
     def test_takes_its_name_when_the_block_ends_well(self, tmp_path: Path) -> None:
         target = tmp_path / "new" / "folder"
-        with atomic_folder(target) as folder:
+        with atomic_folder(target, marker="old") as folder:
             assert folder.parent == target.parent
             assert not target.exists()
             (folder / "a").write_text("1")
@@ -77,7 +72,7 @@ class TestAtomicFolder:
             (folder / "a").write_text("1")
             raise RuntimeError("half way")
 
-        with pytest.raises(RuntimeError, match="half way"), atomic_folder(tmp_path / "folder") as folder:
+        with pytest.raises(RuntimeError, match="half way"), atomic_folder(tmp_path / "folder", marker="old") as folder:
             write_half(folder)
         assert names(tmp_path) == set()
 
@@ -90,7 +85,10 @@ class TestAtomicFolder:
             target.mkdir()
             if kind == "full":
                 (target / "mine").write_text("mine")
-        with pytest.raises(ConfigError, match=r"folder exists already\..*--overwrite"), atomic_folder(target):
+        with (
+            pytest.raises(ConfigError, match=r"folder exists already\..*--overwrite"),
+            atomic_folder(target, marker="old"),
+        ):
             pytest.fail("the block must not run")
         assert names(tmp_path) == {"folder"}
         assert target.is_file() == (kind == "file")
@@ -99,7 +97,7 @@ class TestAtomicFolder:
         target = tmp_path / "folder"
         target.mkdir()
         (target / "old").write_text("1")
-        with atomic_folder(target, overwrite=True) as folder:
+        with atomic_folder(target, marker="old", overwrite=True) as folder:
             (folder / "new").write_text("2")
             assert names(target) == {"old"}
         assert names(target) == {"new"}
@@ -109,16 +107,48 @@ class TestAtomicFolder:
         target = tmp_path / "folder"
         target.mkdir()
         (target / "old").write_text("1")
-        with pytest.raises(RuntimeError, match="half way"), atomic_folder(target, overwrite=True):
+        with pytest.raises(RuntimeError, match="half way"), atomic_folder(target, marker="old", overwrite=True):
             raise RuntimeError("half way")
         assert names(target) == {"old"}
         assert names(tmp_path) == {"folder"}
 
+    @pytest.mark.parametrize("kind", ["folder", "file"])
+    def test_a_folder_of_another_kind_is_never_replaced(self, tmp_path: Path, kind: str) -> None:
+        target = tmp_path / "models"
+        if kind == "file":
+            target.write_text("mine")
+        else:
+            (target / "street").mkdir(parents=True)
+        with (
+            pytest.raises(ConfigError, match=r"models is not replaced: it has no manifest\.json"),
+            atomic_folder(target, marker="manifest.json", overwrite=True),
+        ):
+            pytest.fail("the block must not run")
+        assert target.is_file() == (kind == "file")
+        assert kind == "file" or names(target) == {"street"}
+
+    def test_a_failed_rename_brings_the_old_folder_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        target = tmp_path / "folder"
+        target.mkdir()
+        (target / "old").write_text("1")
+        rename = Path.replace
+
+        def refuse(self: Path, other: Path) -> Path:
+            if other == target and "writing" in self.name:
+                raise PermissionError("a file is open")
+            return rename(self, other)
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        with (
+            pytest.raises(PermissionError, match="a file is open"),
+            atomic_folder(target, marker="old", overwrite=True),
+        ):
+            pass
+        assert names(target) == {"old"}
+        assert names(tmp_path) == {"folder"}
+
     def test_others_may_enter_as_the_umask_says(self, tmp_path: Path) -> None:
-        before = os.umask(0o022)
-        try:
-            with atomic_folder(tmp_path / "folder"):
-                pass
-        finally:
-            os.umask(before)
-        assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
+        (tmp_path / "plain").mkdir()
+        with atomic_folder(tmp_path / "folder", marker="old"):
+            pass
+        assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -314,16 +314,15 @@ class TestResize:
         found = resize_image(image, (13, 17), resample="valid-area", encoding="rgb")
         assert np.abs(found - mean).max() <= 0.6
 
-    @pytest.mark.parametrize("encoding", ["normals", "rgb"])
-    def test_black_is_not_blended_in(self, encoding: str) -> None:
+    def test_black_is_not_blended_in(self) -> None:
         """A checkerboard of black and one normal is, made smaller, that normal."""
         normal = np.array([204, 189, 209], np.uint8)  # (0.6, 0.48, 0.64)
         image = np.zeros((32, 64, 3), np.uint8)
         image[(np.indices((32, 64)).sum(0) % 2).astype(bool)] = normal
         for size_hw in ((16, 32), (8, 16), (4, 4)):
-            found = resize_image(image, size_hw, resample="valid-area", encoding=encoding)
+            found = resize_image(image, size_hw, resample="valid-area", encoding="normals")
             assert np.abs(found.astype(int) - normal).max() <= 1
-        assert resize_image(image, (16, 32), resample="bicubic", encoding=encoding).max() < 150
+        assert resize_image(image, (16, 32), resample="bicubic", encoding="normals").max() < 150
 
     def test_normals_keep_unit_length(self, make_panorama: MakePanorama) -> None:
         rng = np.random.default_rng(5)
@@ -340,17 +339,17 @@ class TestResize:
                 assert cancelled.mean() < 0.01
                 assert np.abs(length[~cancelled] - 1).max() < 3**0.5 / 255 + 1e-6
 
-    def test_what_hardly_returned_is_black_and_a_wire_outlives(self) -> None:
-        for valid, kept in ((0, False), (2, False), (10, True), (50, True), (100, True)):
+    def test_half_covered_is_a_return(self) -> None:
+        for valid, kept in ((0, False), (49, False), (50, True), (100, True)):
             image = np.zeros((10, 10, 3), np.uint8)
-            image.reshape(100, 3)[:valid] = (128, 128, 255)  # 10: a wire of one pixel at scale 0.1
+            image.reshape(100, 3)[:valid] = (128, 128, 255)
             found = resize_image(image, (1, 1), resample="valid-area", encoding="normals")
             assert found.tolist() == [[[128, 128, 255] if kept else [0, 0, 0]]]
 
-    def test_rgb_is_the_mean_of_the_valid(self) -> None:
-        image = np.array([[[100, 60, 200], [50, 61, 100]], [[0, 0, 0], [3, 3, 3]]], np.uint8)
+    def test_dark_colours_are_colours(self) -> None:
+        image = np.array([[[100, 60, 200], [50, 61, 100]], [[0, 0, 0], [4, 3, 4]]], np.uint8)
         found = resize_image(image, (1, 1), resample="valid-area", encoding="rgb")
-        assert found.tolist() == [[[75, 60, 150]]]
+        assert np.abs(found.astype(int) - [[[38.5, 31, 76]]]).max() <= 0.5
 
     def test_the_same_size_changes_nothing_but_rounding(self, make_panorama: MakePanorama) -> None:
         image = make_panorama()

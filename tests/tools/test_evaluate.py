@@ -46,7 +46,7 @@ def test_prints_a_table_and_writes_json(
 
 def test_other_labels(data: Path, tiny_bundle: ModelBundle, capsys: pytest.CaptureFixture[str]) -> None:
     labels = data.parent / "labels.yaml"
-    labels.write_text("labels: [{name: Трава, id: 2}, {name: Забор, id: 9}]\n", encoding="utf-8")
+    labels.write_text("labels: [{name: Земля, id: 2}, {name: Забор, id: 9}]\n", encoding="utf-8")
 
     status = main(["evaluate", str(tiny_bundle.path), str(data), "--labels", str(labels), "--device", "cpu"])
 

@@ -84,14 +84,14 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_without_mask_values_it_warns(
-    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     del content["mask_values"]
     torch.save(content, tmp_path / "a.pth")
     status, output = run(tmp_path / "a.pth", "--scale", "0.1")
     assert status == 0
     assert ModelBundle.load(output).manifest.label_ids == (0, 2, 5, 6, 65, 66, 0, 0, 0)
-    assert "Warning: the file has no mask_values" in capsys.readouterr().out
+    assert "has no mask_values: its channels are given the labels in the order of the schema" in caplog.text
 
 
 @pytest.mark.parametrize(

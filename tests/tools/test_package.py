@@ -87,11 +87,18 @@ class TestPackage:
         assert files(tmp_path) == {"precious"}
 
     def test_overwrite_replaces_it_whole(self, bundle: ModelBundle, tmp_path: Path) -> None:
-        (tmp_path / "function").mkdir()
+        package(bundle.path, tmp_path / "function")
         (tmp_path / "function" / "old").write_text("", encoding="utf-8")
         package(bundle.path, tmp_path / "function", overwrite=True)
         assert "old" not in files(tmp_path / "function")
         assert [entry.name for entry in tmp_path.iterdir()] == ["function"]
+
+    def test_another_folder_is_never_replaced(self, bundle: ModelBundle, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "precious").write_text("", encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"data is not replaced: it has no function\.yaml"):
+            package(bundle.path, tmp_path / "data", overwrite=True)
+        assert files(tmp_path / "data") == {"precious"}
 
     def test_a_damaged_bundle_leaves_nothing(self, bundle: ModelBundle, tmp_path: Path) -> None:
         broken = tmp_path / "bundle"

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, and say what was found."""
-    from sscloud.bundle import import_checkpoint, read_checkpoint
+    from sscloud.bundle import import_checkpoint
     from sscloud.labels import LabelSchema
 
     labels = LabelSchema.from_yaml(args.labels) if args.labels else LabelSchema.default()
@@ -52,16 +52,12 @@ def run(args: argparse.Namespace) -> int:
         version=args.version,
         overwrite=args.overwrite,
     )
-    manifest = bundle.manifest
-    values = read_checkpoint(args.checkpoint).mask_values
-    if values is None:
-        print("Warning: the file has no mask_values; channels were given the labels in the order of the schema.")
-    named = len(values or labels.class_ids[: manifest.architecture.classes])
-    more = len(manifest.label_ids) - named
-    names = ", ".join(f"{i} {label.name}" for i in manifest.label_ids[:named] if (label := labels.by_id(i)) is not None)
+    architecture, ids = bundle.manifest.architecture, bundle.manifest.label_ids
+    named = max([1, *(channel + 1 for channel, label_id in enumerate(ids) if label_id)])
+    names = ", ".join(f"{i} {label.name}" for i in ids[:named] if (label := labels.by_id(i)) is not None)
+    rest = f"; {len(ids) - named} more write 0" if len(ids) > named else ""
     print(
-        f"{bundle.path}: {manifest.architecture.classes} channels ({names}{f'; {more} more write 0' if more else ''}), "
-        f"base width {manifest.architecture.base_width}, {manifest.architecture.upsampling} up-sampling, "
-        f"scale {args.scale:g}"
+        f"{bundle.path}: {architecture.classes} channels ({names}{rest}), base width {architecture.base_width}, "
+        f"{architecture.upsampling} up-sampling, scale {args.scale:g}"
     )
     return 0

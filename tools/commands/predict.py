@@ -31,14 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict, and say what was written."""
     from sscloud.bundle import ModelBundle
-    from sscloud.errors import ConfigError
     from sscloud.inference import Predictor
 
     images = list_images(args.images)
     outputs = [args.output / f"{image.stem}.png" for image in images]
-    if len(set(outputs)) < len(outputs):
-        twice = sorted({path.name for path in outputs if outputs.count(path) > 1})
-        raise ConfigError(f"Several images would be written to the same file: {', '.join(twice)}. Predict them apart.")
     predict_files(
         Predictor(ModelBundle.load(args.bundle), device=args.device), images, outputs, overwrite=args.overwrite
     )
@@ -47,12 +43,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Write the label map of every image; refuses before the first when an output exists."""
+    """Write the label map of every image; refuses before the first when an output exists or is an image itself."""
     from tqdm import tqdm
 
     from sscloud.errors import ConfigError
     from sscloud.image import write_label_map
 
+    if len(set(outputs)) < len(outputs):
+        twice = sorted({path.name for path in outputs if outputs.count(path) > 1})
+        raise ConfigError(f"Several images would be written to the same file: {', '.join(twice)}. Predict them apart.")
+    if lost := {path.resolve() for path in outputs} & {path.resolve() for path in images}:
+        raise ConfigError(f"The label map of {min(lost)} would replace the image itself. Name another output.")
     existing = [path for path in outputs if path.exists()]
     if existing and not overwrite:
         raise ConfigError(f"{existing[0]} exists already ({len(existing)} such file(s)). Add --overwrite to replace.")
@@ -69,15 +70,13 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
         ConfigError: a path does not exist, or a folder holds no image.
     """
     from sscloud.errors import ConfigError
+    from sscloud.image import SUFFIXES
 
     images: list[Path] = []
     for path in paths:
         if path.is_dir():
             found = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
-                and not file.name.startswith(".")
+                file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
             )
             if not found:
                 raise ConfigError(f"The folder {path} holds no images.")

@@ -35,12 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from sscloud.errors import ConfigError
+    from tools.nuclio import serve
 
-    try:
-        from tools.nuclio import serve
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed. Install it with: pip install 'sscloud[serve]'") from error
     serve(args.folder, host=args.host, port=args.port, function_port=args.function_port)
     return 0
 

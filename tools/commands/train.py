@@ -14,7 +14,7 @@ Train a segmentation network on DATASET: a folder with imgs/ (panoramas) and mas
 
 The run folder gets the configuration, checkpoints, metrics.csv and, at the end, bundle/: the best model with everything
 that prediction needs. Metrics also go to an MLflow store, a SQLite file beside the run unless MLFLOW_TRACKING_URI names
-another (look at it with: mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
+another; `pip install mlflow` and `mlflow ui --backend-store-uri sqlite:///runs/mlflow.db` show them as a web page.
 
 Stop it whenever you like: --resume goes on after the last whole epoch, with the same result."""
 EXAMPLES = """\
@@ -135,4 +135,5 @@ def run(args: argparse.Namespace) -> int:
 
 def _latest(runs: Path, config: str) -> Path | None:
     """The run whose configuration was written last."""
-    return max((file.parent for file in runs.glob(f"*/{config}")), key=lambda run: run.stat().st_mtime, default=None)
+    files = sorted(runs.glob(f"*/{config}"), key=lambda file: file.stat().st_mtime)
+    return files[-1].parent if files else None

@@ -1,0 +1,432 @@
+import dataclasses
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from sscloud.bundle import Azimuth, ModelBundle
+from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
+from sscloud.image import read_image
+from sscloud.inference import Predictor
+from sscloud.unet import Architecture, UNet
+from training.config import Place, TrainConfig, read_run
+from training.dataset import Panoramas, build_cache, open_dataset, split
+from training.memory import step_bytes
+from training.metrics import Scores, confusion_matrix, score
+from training.train import train
+
+MakeDataset = Callable[..., Path]
+
+SETTINGS: dict[str, Any] = {"epochs": 2, "scale": 0.5, "base_width": 4, "validation": 34.0, "learning_rate": 1e-2}
+
+
+def config(data: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{"dataset": str(data), **SETTINGS, **changes})
+
+
+def fit(data: Path, run: Path, *, place: dict[str, Any] | None = None, **changes: Any) -> ModelBundle:
+    bundle = train(config(data, **changes), Place(run=run, device="cpu", **(place or {})))
+    assert bundle is not None
+    return bundle
+
+
+def table(run: Path) -> list[dict[str, str]]:
+    head, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def weights(run: Path, name: str = "last") -> str:
+    """sha256 of the network of a checkpoint."""
+    state = torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+    return hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "CVAT_PASSWORD": "geheim-4711",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+
+def flags(data: Path, run: Path, **changes: Any) -> list[str]:
+    values = {**SETTINGS, **changes}
+    named = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return ["train", str(data), "-o", str(run), "--device", "cpu", *named]
+
+
+def validated(run: Path, data: Path, name: str = "best") -> Scores:
+    """The validation part, counted by one process with the weights of a checkpoint."""
+    folder = open_dataset(data)
+    items = build_cache(folder, scale=0.5, resample="valid-area", folder=data / ".cache", quiet=True)
+    state = torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+    model = UNet(read_run(run).facts.architecture)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    model.eval()
+    panoramas = Panoramas(split(items, read_run(run).config.validation)[1], folder.schema)
+    total = np.zeros((6, 6), np.int64)
+    for index in range(len(panoramas)):
+        image, target = panoramas[index]
+        with torch.inference_mode():
+            predicted = model(image[None])[0].argmax(0)
+        total += confusion_matrix(target.numpy().astype(np.uint8), predicted.numpy().astype(np.uint8), 6)
+    return score(total, folder.schema.class_ids)
+
+
+def test_a_run_folder_is_complete(make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CVAT_PASSWORD", "geheim-4711")
+    data, run = make_dataset(3), tmp_path / "runs/one"
+
+    bundle = fit(data, run, place={"name": "Улица", "version": 4}, seed=5)
+
+    files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    assert files == {
+        "config.json",
+        "metrics.csv",
+        "mlflow_run_id",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "bundle/manifest.json",
+        "bundle/weights.safetensors",
+    }
+    assert read_run(run).config == config(data, seed=5)
+    rows = table(run)
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"train_loss", "val_loss", "miou", "iou_0", "iou_2", "iou_66", "learning_rate"} <= set(rows[0])
+    assert rows[0]["iou_66"] == "nan"
+    manifest = bundle.manifest
+    assert (manifest.title, manifest.scale, manifest.aspect) == ("Улица v4", 0.5, 2.0)
+    assert manifest.azimuth == Azimuth(direction=1, column_0=0.0)
+    assert manifest.label_ids == (0, 2, 5, 6, 65, 66)
+    assert manifest.snapshot == read_run(run).facts.snapshot
+    best = max(rows, key=lambda row: float(row["miou"]))
+    assert manifest.metrics["validation_miou"] == float(best["miou"])
+    assert manifest.metrics["epoch"] == float(best["epoch"])
+    assert validated(run, data).miou == pytest.approx(float(best["miou"]), abs=1e-6)
+    for file in (tmp_path / "runs").rglob("*"):
+        assert not file.is_file() or b"geheim-4711" not in file.read_bytes(), file
+    segmentation = Predictor(ModelBundle.load(run / "bundle")).predict(read_image(data / "imgs/1_normals.png"))
+    assert segmentation.label_map.shape == (64, 128)
+    assert segmentation.wrapped
+
+
+def test_metrics_reach_the_mlflow_store(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    run = tmp_path / "runs/one"
+    fit(make_dataset(3), run)
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs/mlflow.db'}")
+    run_id = (run / "mlflow_run_id").read_text().strip()
+    stored = client.get_run(run_id)
+    assert stored.info.run_name == "one"
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["learning_rate"] == "0.01"
+    history = [metric.value for metric in client.get_metric_history(run_id, "miou")]
+    assert history == [float(row["miou"]) for row in table(run)]
+    assert {"train_loss_epoch", "val_loss"} <= set(stored.data.metrics)
+
+
+def test_training_improves_the_loss(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(make_dataset(4), run, epochs=12, validation=25.0)
+
+    rows = table(run)
+    assert float(rows[-1]["train_loss"]) < 0.75 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["miou"]) > 0.3
+
+
+def test_without_validation(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bundle = fit(make_dataset(1), run, validation=0.0)
+
+    assert "miou" not in table(run)[0]
+    assert bundle.manifest.metrics["epoch"] == 2
+    assert weights(run, "best") == weights(run, "last")
+
+
+def test_same_seed_same_weights(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(3)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(data, tmp_path / name, seed=seed, epochs=1)
+
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert weights(tmp_path / "a") != weights(tmp_path / "c")
+
+
+def test_mixed_precision_and_batches(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    bundle = fit(make_dataset(4), tmp_path / "run", amp=True, batch_size=2, validation=25.0, bilinear=True)
+
+    rows = table(tmp_path / "run")
+    assert all(np.isfinite(float(row["train_loss"])) for row in rows)
+    assert bundle.manifest.architecture.upsampling == "bilinear"
+    assert {tensor.dtype for tensor in bundle.model().parameters()} == {torch.float32}
+
+
+def test_more_channels_than_labels(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    bundle = fit(make_dataset(2), tmp_path / "run", classes=68, epochs=1)
+
+    assert bundle.manifest.architecture.classes == 68
+    assert bundle.manifest.label_ids == (0, 2, 5, 6, 65, 66) + (0,) * 62
+    assert bundle.model().outc.conv.weight.shape[0] == 68
+
+
+def test_fewer_channels_than_labels(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--classes 5 is less than the 6 labels of the schema \(Фон, Земля"):
+        fit(make_dataset(2), tmp_path / "run", classes=5)
+
+
+def test_load_continues_from_a_bundle_and_from_a_checkpoint(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, pth = make_dataset(3), tmp_path / "pth"
+    first = fit(data, tmp_path / "first", validation=0.0, place={"checkpoints": pth}, wrap=False)
+    assert sorted(file.name for file in pth.iterdir()) == ["checkpoint_epoch1.pth", "checkpoint_epoch2.pth"]
+    frozen = {"epochs": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "validation": 0.0, "wrap": False}
+
+    for name, source in (("bundle", tmp_path / "first/bundle"), ("pth", pth / "checkpoint_epoch2.pth")):
+        second = fit(data, tmp_path / name, load=str(source), **frozen)
+        parent = "sscloud v1" if name == "bundle" else "checkpoint_epoch2.pth"
+        assert second.manifest.parent == parent
+        expected = first.model().outc.conv.weight
+        torch.testing.assert_close(second.model().outc.conv.weight, expected, atol=1e-6, rtol=0)
+    with pytest.raises(BundleError, match=r"base width 4 with transposed .* asked for were 8 and transposed"):
+        fit(data, tmp_path / "wide", load=str(tmp_path / "first/bundle"), base_width=8)
+    with pytest.raises(BundleError, match=r"writes the label ids \[0, 2, 5, 6, 65, 66\].*asks for \[0, 2, 5, 6\]"):
+        fit(make_dataset(2, name="few", ids=(0, 2, 5, 6)), tmp_path / "few-run", load=str(tmp_path / "first/bundle"))
+
+
+def test_an_existing_run_is_not_touched(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run = make_dataset(2), tmp_path / "run"
+    fit(data, run, epochs=1)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+    with pytest.raises(ConfigError, match=r"holds a run already\. Go on with it by --resume"):
+        fit(data, run, epochs=1)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_sizes_that_do_not_batch(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(3)
+    for folder in ("imgs", "masks"):
+        file = data / folder / "1_normals.png"
+        Image.open(file).resize((160, 80), Image.Resampling.NEAREST).save(file)
+
+    with pytest.raises(DatasetError, match=r"2 sizes \(128x64, 160x80\), which do not fit in one batch"):
+        fit(data, tmp_path / "run", batch_size=2)
+    assert fit(data, tmp_path / "run", epochs=1).manifest.aspect == 2.0
+
+
+def test_resume_after_the_data_changed(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run = make_dataset(3), tmp_path / "run"
+    fit(data, run, epochs=1)
+    kept = (run / "config.json").read_bytes()
+    settings = config(data, epochs=1)
+
+    facts = data / "dataset.yaml"
+    facts.write_text("azimuth: {direction: -1, column_0: 0.0}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"changed since .*run was started: azimuth \(labels.yaml, dataset.yaml\)"):
+        train(settings, Place(run=run, resume=True))
+    facts.write_text("azimuth: {direction: 1, column_0: 0.0}\n", encoding="utf-8")
+    labels = open_dataset(data).schema.to_dict()
+    labels["labels"][1]["id"], labels["labels"][2]["id"] = 5, 2
+    (data / "labels.yaml").write_text(yaml.safe_dump(labels, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"was started: labels, label_ids"):
+        train(settings, Place(run=run, resume=True))
+    (data / "labels.yaml").unlink()
+    for folder in ("imgs", "masks"):
+        (data / folder / "3_normals.png").unlink()
+    with pytest.raises(
+        ConfigError, match=r"The data set changed since .* \(snapshot \w{16}, now \w{16}\)\. Start a new"
+    ):
+        train(settings, Place(run=run, resume=True))
+    assert (run / "config.json").read_bytes() == kept
+
+
+_KILLER = """
+import os, signal, sys
+import training.callbacks as callbacks
+from tools.cli import main
+moment, real, calls = int(sys.argv.pop(1)), callbacks.atomic_write, []
+def write(path, data):
+    calls.append(path)
+    if len(calls) == moment // 2 + 1:
+        if moment % 2:
+            real(path, data)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, data)
+callbacks.atomic_write = write
+main(sys.argv[1:])
+"""
+"""Dies before (even moments) or after (odd ones) one of the writes of metrics.csv and checkpoints."""
+
+
+@pytest.mark.parametrize("moment", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2, 3, 4, 6, 7, 10))])
+def test_killed_and_resumed_equals_undisturbed(make_dataset: MakeDataset, tmp_path: Path, moment: int) -> None:
+    data, whole, run = make_dataset(3), tmp_path / "whole", tmp_path / "killed"
+    fit(data, whole, epochs=3)
+
+    command = [sys.executable, "-c", _KILLER, str(moment), *flags(data, run, epochs=3)]
+    died = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (run / "bundle").exists()
+    train(config(data, epochs=3), Place(run=run, resume=True, device="cpu"))
+
+    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert weights(run) == weights(whole)
+    assert weights(run, "best") == weights(whole, "best")
+    bundles = [ModelBundle.load(folder / "bundle").manifest for folder in (run, whole)]
+    assert bundles[0].weights_sha256 == bundles[1].weights_sha256
+    assert bundles[0].metrics == bundles[1].metrics
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))])
+def test_killed_at_a_random_moment(make_dataset: MakeDataset, tmp_path: Path, seed: int) -> None:
+    data, whole, run = make_dataset(3), tmp_path / "whole", tmp_path / "killed"
+    fit(data, whole, epochs=8)
+
+    command = [sys.executable, "-m", "tools.cli", *flags(data, run, epochs=8)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (run / "checkpoints/last.ckpt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(float(np.random.default_rng(seed).uniform(0, 0.5)))
+        process.kill()
+    train(config(data, epochs=8), Place(run=run, resume=True, device="cpu"))
+
+    assert (run / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    assert weights(run) == weights(whole)
+    assert weights(run, "best") == weights(whole, "best")
+
+
+def test_ctrl_c_is_told_and_resumable(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run = make_dataset(3), tmp_path / "run"
+
+    command = [sys.executable, "-m", "tools.cli", *flags(data, run, epochs=5000)]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [line for line in iter(process.stderr.readline, "") if _interrupt(process, line)]
+
+    assert process.returncode == 130
+    assert lines[-1] == "sscloud train: stopped.\n"
+    assert (run / "checkpoints/last.ckpt").exists()
+
+
+def _interrupt(process: subprocess.Popen[str], line: str) -> bool:
+    if line.startswith("epoch 2/"):
+        process.send_signal(signal.SIGINT)
+    return True
+
+
+def test_two_processes(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run = make_dataset(6), tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+
+    command = [*torchrun, "-m", "tools.cli", *flags(data, run, epochs=6, validation=50)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The best model is in") == 1
+    bundle = ModelBundle.load(run / "bundle")
+    rows = table(run)
+    assert len(rows) == 6
+    # Three panoramas for two processes; the counts of both are summed.
+    scores = validated(run, data, "last")
+    assert scores.miou == pytest.approx(float(rows[-1]["miou"]), abs=1e-6)
+    for label_id, iou in zip(scores.label_ids, scores.iou, strict=True):
+        assert float(rows[-1][f"iou_{label_id}"]) == pytest.approx(iou, abs=1e-6, nan_ok=True)
+    assert bundle.manifest.metrics["validation_miou"] == max(float(row["miou"]) for row in rows)
+
+
+def test_out_of_memory_names_what_fits(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    room = step_bytes(Architecture(classes=6, base_width=8), 1, (32, 64), amp=False)
+    monkeypatch.setattr(pl.Trainer, "fit", full)
+    monkeypatch.setattr("training.train._check_memory", lambda *_: None)  # which would refuse before the first step
+    monkeypatch.setattr("training.train._device_memory", lambda _: room)
+
+    with pytest.raises(
+        TrainingError, match=r"Out of memory\. A step at --scale 0\.5 .*would fit: --batch-size 1 --scale 0"
+    ):
+        fit(make_dataset(4), tmp_path / "run", batch_size=3, base_width=8)
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = step_bytes(Architecture(classes=6, base_width=8), 1, (32, 64), amp=False)
+    monkeypatch.setattr("training.train._device_memory", lambda _: room)
+
+    with pytest.raises(TrainingError, match=r"Not enough memory\. A step .*would fit: --batch-size 1 --scale 0"):
+        fit(make_dataset(4), tmp_path / "run", batch_size=3, base_width=8)
+
+
+def test_a_loss_that_is_no_number_stops(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.module.segmentation_loss", lambda logits, *_: logits.sum() * float("nan"))
+
+    with pytest.raises(TrainingError, match=r"The loss became nan in epoch 1: .*--learning-rate"):
+        fit(make_dataset(2), tmp_path / "run")
+
+
+def test_crops_are_not_wrapped_unasked(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset(3)
+    for folder, mode in (("imgs", "RGB"), ("masks", "L")):
+        file = next(iter(sorted((root / folder).iterdir())))
+        Image.new(mode, (64, 64)).save(file)
+
+    with pytest.raises(DatasetError, match=r"1 of the 3 images .* another aspect than 2 .*--no-wrap --no-augment"):
+        fit(root, tmp_path / "run")
+
+
+def test_other_failures_are_not_called_out_of_memory(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(pl.Trainer, "fit", broken)
+
+    with pytest.raises(RuntimeError, match=r"^a defect$"):
+        fit(make_dataset(2), tmp_path / "run")
+
+
+def test_data_are_checked_before_anything_is_written(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(2)
+    (data / "masks/1_normals.png").unlink()
+
+    with pytest.raises(DatasetError, match=r"has no mask"):
+        fit(data, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"The device 'cuda:77' cannot be used here"):
+        train(config(data), Place(run=tmp_path / "run", device="cuda:77"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_is_kept_exactly(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(2)
+    settings = config(data, epochs=1, augment=False, resample="bicubic", weight_decay=1e-5)
+    train(settings, Place(run=tmp_path / "run", device="cpu"))
+
+    kept = read_run(tmp_path / "run")
+    assert dataclasses.asdict(kept.config) == dataclasses.asdict(settings)
+    assert kept.facts.elevation == (90.0, -90.0)
