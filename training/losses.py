@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,14 +35,18 @@ def segmentation_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor
         target: (N, h, w) int64 class indices, void 255.
         weights: (C,) of the cross-entropy.
     """
-    logits = logits.float()
     known = target != VOID
     if not known.any():
-        return logits.sum() * 0
-    cross_entropy = F.cross_entropy(logits, target, weights, ignore_index=VOID)
-    one_hot = F.one_hot(torch.where(known, target, 0), logits.shape[1]).movedim(-1, 1) * known[:, None]
-    probability = logits.softmax(1) * known[:, None]
-    overlap = (probability * one_hot).sum((0, 2, 3))
-    total = probability.sum((0, 2, 3)) + one_hot.sum((0, 2, 3))
-    present = one_hot.sum((0, 2, 3)) > 0
+        return logits.sum().float() * 0
+    log_probability = logits.float().log_softmax(1)
+    classes = log_probability.shape[1]
+    index = torch.where(known, target, 0)
+    # Only the true class's plane enters the cross-entropy and the overlap: no one-hot volume is made.
+    of_truth = log_probability.gather(1, index[:, None])[:, 0]
+    weight = weights[index] * known
+    cross_entropy = -(of_truth * weight).sum() / weight.sum()
+    overlap = torch.zeros_like(weights).index_add(0, index.flatten(), (of_truth.exp() * known).flatten())
+    true = torch.bincount(index[known], minlength=classes)
+    total = (log_probability.exp() * known[:, None]).sum((0, 2, 3)) + true
+    present = true > 0
     return cross_entropy + 1 - (2 * overlap[present] / total[present]).mean()

@@ -138,7 +138,7 @@ def test_metrics_reach_the_mlflow_store(make_dataset: MakeDataset, tmp_path: Pat
     assert stored.data.params["learning_rate"] == "0.01"
     history = [metric.value for metric in client.get_metric_history(run_id, "miou")]
     assert history == [float(row["miou"]) for row in table(run)]
-    assert {"train_loss_epoch", "val_loss"} <= set(stored.data.metrics)
+    assert {"train_loss", "val_loss"} <= set(stored.data.metrics)
 
 
 def test_training_improves_the_loss(make_dataset: MakeDataset, tmp_path: Path) -> None:
