@@ -9,7 +9,7 @@ from sscloud.unet import STRIDE, Architecture, UNet
 _PARAMETER_COPIES = 4
 """Weights, gradients and the two moments of AdamW."""
 
-_WORKSPACE = 1.3
+_WORKSPACE = 1.2
 """Measured peak over counted bytes: gradients in flight and the convolutions' workspace."""
 
 
