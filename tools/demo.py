@@ -367,7 +367,8 @@ def _commands() -> list[tuple[str, str]]:
         ("Make it a function", "sscloud package runs/street/bundle -o function"),
         (
             "Deploy it beside CVAT",
-            "nuctl deploy --project-name cvat --path function --file function/function-gpu.yaml --platform local",
+            "nuctl deploy --project-name cvat --path function --file function/function-gpu.yaml --platform local \\\n"
+            """    --platform-config '{"attributes": {"network": "cvat_cvat"}}'""",
         ),
         (
             "… or serve it without Docker, and point CVAT at it",

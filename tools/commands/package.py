@@ -11,10 +11,15 @@ function-gpu.yaml with the labels, version and description of the bundle, the co
 Deploy it with nuctl, or try it without Docker with `sscloud serve`."""
 EXAMPLES = """\
   sscloud package runs/street/bundle -o function
-  nuctl deploy --project-name cvat --path function --file function/function-gpu.yaml --platform local
+  nuctl deploy --project-name cvat --path function --file function/function-gpu.yaml --platform local \\
+      --platform-config '{"attributes": {"network": "cvat_cvat"}}'
 
   sscloud package runs/street/bundle -o function --name sscloud-street --overwrite
   sscloud serve function"""
+
+
+_NETWORK = """--platform-config '{"attributes": {"network": "cvat_cvat"}}'"""
+"""Puts the function on the network that CVAT's docker compose makes, where CVAT's containers reach it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     print("Deploy it on the machine where CVAT and Nuclio run:")
     for file, what in (("function-gpu.yaml", "with an NVIDIA GPU"), ("function.yaml", "CPU only")):
         path = args.output / file
-        print(f"  nuctl deploy --project-name cvat --path {args.output} --file {path} --platform local   # {what}")
+        print(f"  # {what}")
+        print(f"  nuctl deploy --project-name cvat --path {args.output} --file {path} --platform local {_NETWORK}")
     print(f"Or run it without Docker:\n  sscloud serve {args.output}")
     return 0
