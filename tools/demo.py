@@ -59,7 +59,7 @@ class DemoConfig:
     unseen: int = 9
     width: int = 512
     scale: float = 1.0
-    epochs: int = 26
+    epochs: int = 22
     base_width: int = 8
     seed: int = 1
     overwrite: bool = False

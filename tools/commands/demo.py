@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unseen", type=int, default=suppress, metavar="N", help="scenes to evaluate on (default: 9)")
     parser.add_argument("--width", type=int, default=suppress, metavar="PX", help="of the panoramas (default: 512)")
     parser.add_argument("--scale", type=float, default=suppress, metavar="F", help="of the sides (default: 1)")
-    parser.add_argument("-e", "--epochs", type=int, default=suppress, metavar="N", help="default: 26")
+    parser.add_argument("-e", "--epochs", type=int, default=suppress, metavar="N", help="default: 22")
     parser.add_argument("--base-width", type=int, default=suppress, metavar="N", help="of the network (default: 8)")
     parser.add_argument("--seed", type=int, default=suppress, metavar="N", help="of scenes and training (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="clear what an earlier demo left in DIR")
