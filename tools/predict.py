@@ -45,10 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from sscloud.errors import ConfigError
     from sscloud.inference import Predictor
     from sscloud.labels import LabelSchema
+    from tools.inputs import list_images
 
     labels = LabelSchema.from_yaml(args.labels) if args.labels else LabelSchema.default()
     # Its own earlier masks lie beside the images by default; they are no panoramas.
-    images = [image for image in predict.list_images(args.input) if not image.stem.endswith("_OUT")]
+    images = [image for image in list_images(args.input) if not image.stem.endswith("_OUT")]
     if not images:
         raise ConfigError("There are no images to predict, only masks named *_OUT.")
     outputs = _outputs(images, args.output)

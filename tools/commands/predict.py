@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Predict, and say what was written."""
     from sscloud.bundle import ModelBundle
     from sscloud.inference import Predictor
+    from tools.inputs import list_images
 
     images = list_images(args.images)
     outputs = [args.output / f"{image.stem}.png" for image in images]
@@ -61,28 +62,3 @@ def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Seque
         list(zip(images, outputs, strict=True)), "Predicting", unit="img", leave=False, disable=None
     ):
         write_label_map(output, predictor.predict_file(image).label_map)
-
-
-def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Images as given, folders replaced by the images in them.
-
-    Raises:
-        ConfigError: a path does not exist, or a folder holds no image.
-    """
-    from sscloud.errors import ConfigError
-    from sscloud.image import SUFFIXES
-
-    images: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(
-                file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-            )
-            if not found:
-                raise ConfigError(f"The folder {path} holds no images.")
-            images += found
-        elif path.exists():
-            images.append(path)
-        else:
-            raise ConfigError(f"There is no image {path}.")
-    return images

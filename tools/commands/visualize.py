@@ -34,7 +34,6 @@ EXAMPLES = """\
   sscloud visualize 12_normals.jpg --bundle runs/street/bundle -o overlays
 """
 
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 _MASKS = (".png", ".tif", ".tiff", ".bmp")
 _NAMED = 10  # how many files a message names before it only counts
 
@@ -120,6 +119,7 @@ def visualize(
     from sscloud.errors import ConfigError
     from sscloud.files import atomic_write
     from sscloud.image import read_image, read_label_map
+    from tools.inputs import list_images
     from training.pictures import check_settings, figure
 
     if prediction is not None and bundle is not None:
@@ -127,7 +127,7 @@ def visualize(
     if prediction is None and mask is None and bundle is None:
         raise ConfigError("There is nothing to draw: give --prediction, --mask or --bundle.")
     check_settings(width=width, alpha=alpha)
-    paths = _find_images(images)
+    paths = list_images(images)
     truths = _find_maps(paths, mask, option="--mask")
     predictions = _find_maps(paths, prediction, option="--prediction")
     sheets = _name_sheets(paths, output, overwrite=overwrite)
@@ -161,23 +161,6 @@ def visualize(
             file=sys.stderr,
         )
     return sheets
-
-
-def _find_images(images: Sequence[Path]) -> list[Path]:
-    from sscloud.errors import ConfigError
-
-    found: list[Path] = []
-    for path in images:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _IMAGES and p.is_file())
-            if not inside:
-                raise ConfigError(f"The folder {path} holds no images ({', '.join(sorted(_IMAGES))}).")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ConfigError(f"There is no image or folder {path}. Check the path.")
-    return found
 
 
 def _find_maps(images: Sequence[Path], place: Path | None, *, option: str) -> list[Path]:
