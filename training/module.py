@@ -67,7 +67,7 @@ class SegmentationModule(pl.LightningModule):
                 f"The loss became {loss.item()} in epoch {self.current_epoch + 1}: training diverged. Try a tenth of "
                 "the --learning-rate, or leave out --amp. The checkpoints of the earlier epochs are whole."
             )
-        # A row a step would cost a tracking store's commit each, a third of a small network's training time.
+        # Not to the loggers by step: each row would be a commit of the tracking store.
         self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
         return loss
