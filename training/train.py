@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
+from mlflow.exceptions import MlflowException
 from torch.utils.data import DataLoader
 
 from sscloud.bundle import Checkpoint, ModelBundle, channel_ids, read_checkpoint
@@ -111,9 +112,10 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
             if memory.is_out_of_memory(error):
                 raise TrainingError(f"Out of memory. {_advice(config, data, model.architecture, place)}") from error
             raise
-        except SystemExit as error:
+        except (SystemExit, MlflowException) as error:
             if not trainer.interrupted:
                 raise
+            # A Ctrl-C in the middle of a row leaves the store locked, and closing it fails; the checkpoints are whole.
             # Lightning answers Ctrl-C by leaving the process, deaf to further ones; callers shall decide that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
