@@ -95,22 +95,41 @@ def image_size(path: Path) -> tuple[int, int]:
     """
 
     try:
-        with path.open("rb") as stream, _open(stream, MAX_PIXELS) as image:
-            width, height = image.size
-            # Asking a PNG for EXIF that its header does not announce would decode all of it.
-            turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(_ORIENTATION, 1) >= 5
-            return (width, height) if turned else (height, width)
+        with path.open("rb") as stream:
+            return _size(stream)
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error
 
 
-def write_label_map(path: Path, label_map: NDArray[np.uint8]) -> None:
-    """Write a (H, W) uint8 label map as a single-channel PNG, atomically."""
+def image_size_of(data: bytes) -> tuple[int, int]:
+    """`image_size` of a picture in memory; the error names no file.
+
+    Raises:
+        ImageError: no picture, or one over `MAX_PIXELS`.
+    """
+    return _size(io.BytesIO(data))
+
+
+def _size(stream: IO[bytes]) -> tuple[int, int]:
+    with _open(stream, MAX_PIXELS) as image:
+        width, height = image.size
+        # Asking a PNG for EXIF that its header does not announce would decode all of it.
+        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(_ORIENTATION, 1) >= 5
+        return (width, height) if turned else (height, width)
+
+
+def encode_label_map(label_map: NDArray[np.uint8]) -> bytes:
+    """A (H, W) uint8 label map as the bytes of a single-channel PNG."""
     buffer = io.BytesIO()
     Image.fromarray(label_map).save(buffer, "PNG")
-    atomic_write(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_label_map(path: Path, label_map: NDArray[np.uint8]) -> None:
+    """Write a (H, W) uint8 label map as a single-channel PNG, atomically."""
+    atomic_write(path, encode_label_map(label_map))
 
 
 def no_return(image: NDArray[np.uint8]) -> NDArray[np.bool_]:

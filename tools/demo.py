@@ -32,7 +32,7 @@ from sscloud.labels import LabelSchema, count_ids
 from sscloud.shapes import paint_answer
 from tools.function_folder import package
 from training.config import Place, TrainConfig
-from training.dataset import DatasetFolder, Item, open_dataset, split
+from training.dataset import DatasetFolder, Item, learning_parts, open_dataset
 from training.evaluate import evaluate, scores_table
 from training.export import METRICS
 from training.report import DemoReport, Example, Split, Stage, write_demo_report
@@ -319,7 +319,7 @@ def _checked(answers: list[_Answer]) -> list[str]:
 
 def _splits(scenes: DatasetFolder, unseen: DatasetFolder, training: TrainConfig) -> list[Split]:
     """The parts of the data and their class shares, counted from the masks."""
-    learned, validated = split(scenes.items, training.validation)
+    learned, validated = learning_parts(scenes, training.validation)
     return [
         Split(name=name, scenes=len(items), size_hw=items[0].size_hw, shares=_shares(items, scenes.schema))
         for name, items in (("training", learned), ("validation", validated), ("unseen", unseen.items))

@@ -30,8 +30,8 @@ class TrainConfig:
     scale: float = 0.1
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
-    validation: float = 10.0
-    """Percent of the panoramas."""
+    validation: float | None = None
+    """Percent of the panoramas; None: the data set's frozen splits, or 10 where it has none."""
     amp: bool = False
     classes: int | None = None
     """Output channels; None: as many as the schema has classes."""
@@ -51,7 +51,7 @@ class TrainConfig:
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("scale", 0 < self.scale <= 1, "above 0 and at most 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
-            ("validation", 0 <= self.validation < 100, "a percentage from 0 to below 100"),
+            ("validation", self.validation is None or 0 <= self.validation < 100, "a percentage from 0 to below 100"),
             ("base_width", 1 <= self.base_width <= 512, "1 to 512"),
             ("classes", self.classes is None or 1 <= self.classes <= 256, "1 to 256"),
             ("seed", self.seed >= 0, "0 or above"),

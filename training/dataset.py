@@ -1,6 +1,7 @@
 """A data set on disk: `imgs/` and `masks/` with the same stems, labels, and what is known of the panoramas.
 
 DATASET/
+  manifest.json           optional: what belongs to it, where it came from, frozen splits; see `training.manifest`
   imgs/1_normals.jpg      panoramas
   masks/1_normals.png     label maps: 8-bit, one channel, label ids
   labels.yaml             optional; the users' schema otherwise
@@ -10,11 +11,12 @@ DATASET/
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,7 +30,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from sscloud.bundle import Azimuth
-from sscloud.errors import DatasetError, ImageError, SSCloudError
+from sscloud.errors import ConfigError, DatasetError, ImageError, SSCloudError
 from sscloud.files import atomic_write
 from sscloud.image import (
     RESAMPLE_VERSION,
@@ -44,10 +46,17 @@ from sscloud.image import (
 from sscloud.image import scaled_size as scaled_size_of
 from sscloud.labels import LabelSchema, count_ids
 from sscloud.unet import STRIDE
+from training.manifest import IMAGES, LABELS, MANIFEST, MASKS, Manifest, read_manifest, settle_if_free
+from training.splits import Split
 
-IMAGES, MASKS, LABELS, FACTS, CACHE = "imgs", "masks", "labels.yaml", "dataset.yaml", ".cache"
+FACTS, CACHE = "dataset.yaml", ".cache"
+
+VALIDATION_PERCENT = 10.0
+"""Of the panoramas, where neither the data set nor the user says."""
 
 _PROBLEMS_SHOWN = 12
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +78,10 @@ class Item:
     image: Path
     mask: Path
     size_hw: tuple[int, int]
+    split: Split | None = None
+    """Frozen in the manifest; None where it says nothing."""
+    sha256: tuple[str, str] | None = None
+    """Of the image's and the mask's file, as the manifest has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +92,8 @@ class DatasetFolder:
     schema: LabelSchema
     facts: Facts
     items: tuple[Item, ...]
+    manifest: Manifest | None = None
+    """None for a folder that was filled by hand."""
 
     @property
     def aspect(self) -> float:
@@ -90,6 +105,8 @@ class DatasetFolder:
 def open_dataset(path: Path, *, labels: Path | None = None) -> DatasetFolder:
     """Find the items of a data set and check them as far as headers tell.
 
+    With a manifest they are exactly the manifest's; other files are left out with a warning.
+
     Args:
         path: the folder that holds `imgs/` and `masks/`.
         labels: a label schema to use instead of the data set's own.
@@ -98,6 +115,8 @@ def open_dataset(path: Path, *, labels: Path | None = None) -> DatasetFolder:
         DatasetError: one error that names everything found wrong.
         SchemaError: the label schema is wrong.
     """
+    settle_if_free(path)
+    manifest = read_manifest(path)
     for folder in (path / IMAGES, path / MASKS):
         if not folder.is_dir():
             raise DatasetError(
@@ -105,7 +124,22 @@ def open_dataset(path: Path, *, labels: Path | None = None) -> DatasetFolder:
                 "the same names); `sscloud sample` makes one to try, `sscloud convert` makes one from an archive."
             )
     own = path / LABELS
-    schema = LabelSchema.from_yaml(labels or own) if labels or own.exists() else LabelSchema.default()
+    if labels or own.exists():
+        schema = LabelSchema.from_yaml(labels or own)
+    else:
+        schema = manifest.schema if manifest else LabelSchema.default()
+    items, problems = _paired(path) if manifest is None else _named_by(manifest, path)
+    _raise_if(problems, path)
+    if not items:
+        raise DatasetError(f"{path / IMAGES} holds no images ({', '.join(sorted(SUFFIXES))}).")
+    items.sort(key=lambda item: _natural(item.name))
+    return DatasetFolder(
+        path=path, schema=schema, facts=read_facts(path / FACTS), items=tuple(items), manifest=manifest
+    )
+
+
+def _paired(path: Path) -> tuple[list[Item], list[str]]:
+    """Images and masks of the same stem, and what is wrong with the others."""
     images, masks, problems = _by_stem(path / IMAGES), _by_stem(path / MASKS), []
     for stems, kind in ((images, "images"), (masks, "masks")):
         problems += [
@@ -129,10 +163,52 @@ def open_dataset(path: Path, *, labels: Path | None = None) -> DatasetFolder:
                 "they must be of one size"
             )
         items.append(Item(name=stem, image=image, mask=mask, size_hw=image_hw))
-    _raise_if(problems, path)
-    if not items:
-        raise DatasetError(f"{path / IMAGES} holds no images ({', '.join(sorted(SUFFIXES))}).")
-    return DatasetFolder(path=path, schema=schema, facts=read_facts(path / FACTS), items=tuple(items))
+    return items, problems
+
+
+def _named_by(manifest: Manifest, path: Path) -> tuple[list[Item], list[str]]:
+    """The manifest's items, and what is wrong with their files."""
+    items, problems = [], []
+    for entry in manifest.items:
+        item = Item(
+            name=entry.name,
+            image=path / IMAGES / entry.image,
+            mask=path / MASKS / entry.mask,
+            size_hw=entry.size_hw,
+            split=entry.split,
+            sha256=(entry.image_sha256, entry.mask_sha256),
+        )
+        for file in (item.image, item.mask):
+            try:
+                height, width = image_size(file)
+            except ImageError as error:
+                problems.append(f"{error} {MANIFEST} names it: {_RESTORE}")
+                continue
+            if (height, width) != entry.size_hw:
+                expected = f"{entry.size_hw[1]}x{entry.size_hw[0]}"
+                problems.append(f"{file}: is {width}x{height}, but {MANIFEST} says {expected}: {_RESTORE}")
+        items.append(item)
+    named = {file for item in items for file in (item.image, item.mask)}
+    strangers = [
+        f"{folder}/{file.name}"
+        for folder in (IMAGES, MASKS)
+        for files in _by_stem(path / folder).values()
+        for file in files
+        if file not in named
+    ]
+    if strangers:
+        log.warning(
+            "%s: %d picture(s) that %s does not name are left out: %s%s.",
+            path,
+            len(strangers),
+            MANIFEST,
+            ", ".join(strangers[:_PROBLEMS_SHOWN]),
+            ", …" if len(strangers) > _PROBLEMS_SHOWN else "",
+        )
+    return items, problems
+
+
+_RESTORE = "run the same fetch or convert again, it brings back what is missing"
 
 
 def read_facts(path: Path) -> Facts:
@@ -214,6 +290,7 @@ class CachedItem:
     """Pixels of each label id in the full-size mask."""
     digest: str
     """sha256 of the image file and the mask file."""
+    split: Split | None = None
 
 
 def build_cache(
@@ -251,11 +328,12 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
             f"network needs at least {STRIDE} pixels on each side. Use a larger --scale"
         )
     state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (item.image, item.mask)]
-    rule = (resample, RESAMPLE_VERSION, dataset.facts.encoding)
+    rule = (resample, RESAMPLE_VERSION, dataset.facts.encoding, *(item.sha256 or ()))
     key = hashlib.sha256(repr((state, size_hw, rule)).encode()).hexdigest()[:16]
     stem = folder / f"{item.name}-{key}"
     meta, image_npy, mask_npy = (stem.with_name(stem.name + end) for end in (".json", ".image.npy", ".mask.npy"))
     if not meta.exists():  # written last, so the arrays are whole when it is there
+        digest = _digest(item)
         label_map = read_label_map(item.mask)
         counts = count_ids(label_map)
         image = read_image(item.image)
@@ -263,7 +341,6 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
             raise DatasetError(f"{item.name}: image {image.shape[:2]} and mask {label_map.shape} differ in size")
         _write_array(image_npy, resize_image(image, size_hw, resample=resample, encoding=dataset.facts.encoding))
         _write_array(mask_npy, resize_label_map(label_map, size_hw))
-        digest = hashlib.sha256(item.image.read_bytes() + item.mask.read_bytes()).hexdigest()
         pixels = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
         atomic_write(meta, json.dumps({"pixels": pixels, "digest": digest}).encode())
     facts = json.loads(meta.read_bytes())
@@ -276,7 +353,23 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
             f"{item.mask}: holds ids {unknown} that the schema lacks (it has {known}). Add them to {LABELS} as labels, "
             "or to its 'void'"
         )
-    return CachedItem(name=item.name, image=image_npy, mask=mask_npy, pixels=pixels, digest=facts["digest"])
+    return CachedItem(
+        name=item.name, image=image_npy, mask=mask_npy, pixels=pixels, digest=facts["digest"], split=item.split
+    )
+
+
+def _digest(item: Item) -> str:
+    """sha256 of both files, each of which is the one that the manifest names."""
+    image, mask = item.image.read_bytes(), item.mask.read_bytes()
+    if item.sha256 is not None:
+        for file, data, expected in zip((item.image, item.mask), (image, mask), item.sha256, strict=True):
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise DatasetError(
+                    f"{file}: was changed by hand since it was fetched or converted ({MANIFEST} has another sha256). "
+                    "Correct annotations in CVAT and fetch them; to undo the change, delete the file and "
+                    f"{_RESTORE}"
+                )
+    return hashlib.sha256(image + mask).hexdigest()
 
 
 def _write_array(path: Path, array: NDArray[np.uint8]) -> None:
@@ -292,6 +385,11 @@ def snapshot_id(items: Iterable[CachedItem]) -> str:
     """Identity of a data set: hashed from the names and contents of its items, whatever their order."""
     lines = sorted(f"{item.name} {item.digest}" for item in items)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def snapshot_of(dataset: DatasetFolder, items: Iterable[CachedItem]) -> str:
+    """The manifest's snapshot, or that of all the items of a folder without one."""
+    return snapshot_id(items) if dataset.manifest is None else dataset.manifest.snapshot
 
 
 def class_shares(items: Iterable[CachedItem], schema: LabelSchema) -> NDArray[np.float64]:
@@ -328,6 +426,70 @@ def split(items: Sequence[Named], validation_percent: float) -> tuple[list[Named
     count = sum(100 * position < validation_percent for position in place.values())
     held_out = set(ordered[: min(max(count, 1 if validation_percent > 0 else 0), len(items) - 1)])
     return [i for i in items if i.name not in held_out], [i for i in items if i.name in held_out]
+
+
+def learning_parts(dataset: DatasetFolder, validation_percent: float | None = None) -> tuple[list[Item], list[Item]]:
+    """What to train on and what to choose the best epoch by: the frozen splits, or a part by the names' hashes.
+
+    Args:
+        dataset: test items of it are in neither part.
+        validation_percent: for data sets without frozen splits; None for 10.
+
+    Returns:
+        (training, validation)
+
+    Raises:
+        ConfigError: a percentage is given, but the splits are frozen.
+        DatasetError: an interrupted fetch or convert left items without a split, or nothing is left to train on.
+    """
+    items = [item for item in dataset.items if item.split != "test"]
+    waiting = [item.name for item in items if item.split is None]
+    frozen = len(waiting) < len(items)
+    if dataset.manifest is not None and waiting and (frozen or dataset.manifest.plan is None):
+        raise DatasetError(
+            f"{dataset.path}: {len(waiting)} of {len(dataset.items)} panoramas have no split yet "
+            f"({', '.join(waiting[:_PROBLEMS_SHOWN])}): a fetch or convert was interrupted. Run it again to its end."
+        )
+    if not items:
+        raise DatasetError(f"{dataset.path} holds {len(dataset.items)} panoramas, all for test: none to train on.")
+    if not frozen:
+        return split(items, VALIDATION_PERCENT if validation_percent is None else validation_percent)
+    if validation_percent is not None:
+        raise ConfigError(
+            f"--validation {validation_percent:g} cannot be used: the splits of {dataset.path} are frozen in its "
+            f"{MANIFEST}. Leave --validation out."
+        )
+    training = [item for item in items if item.split == "train"]
+    if not training:
+        raise DatasetError(f"{dataset.path}: no panorama is in the split train. Fetch or convert more.")
+    return training, [item for item in items if item.split == "validation"]
+
+
+def part(dataset: DatasetFolder, name: Split | Literal["all"] | None) -> tuple[DatasetFolder, str]:
+    """The items of one split, to measure on.
+
+    Args:
+        dataset: the whole.
+        name: a split, or all; None for test where the data set has frozen test items, else all.
+
+    Returns:
+        The data set with these items only, and which split they are.
+
+    Raises:
+        DatasetError: the split has no items.
+    """
+    if name is None:
+        name = "test" if any(item.split == "test" for item in dataset.items) else "all"
+    if name == "all":
+        return dataset, name
+    items = tuple(item for item in dataset.items if item.split == name)
+    if not items:
+        found = sorted({item.split for item in dataset.items if item.split})
+        raise DatasetError(
+            f"{dataset.path} has no panoramas in the split {name} (it has {', '.join(found) or 'no frozen splits'}). "
+            "Name another split, or all."
+        )
+    return replace(dataset, items=items), name
 
 
 Transform = Callable[[NDArray[np.float32], NDArray[np.uint8], np.random.Generator], tuple[Any, Any]]

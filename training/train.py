@@ -47,9 +47,9 @@ from training.dataset import (
     Transform,
     build_cache,
     class_shares,
+    learning_parts,
     open_dataset,
-    snapshot_id,
-    split,
+    snapshot_of,
 )
 from training.export import BEST, METRICS, export_bundle
 from training.losses import class_weights
@@ -99,7 +99,7 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
     last = place.run / LAST
     _check_memory(config, data, model.architecture, place)
     with _calm():
-        trainer = _trainer(config, place, label_ids)
+        trainer = _trainer(config, place, label_ids, validated=bool(data.validation))
         try:
             trainer.fit(
                 module,
@@ -136,7 +136,10 @@ class _Data:
 
 
 def _prepare(config: TrainConfig, place: Place) -> _Data:
-    folder = open_dataset(Path(config.dataset), labels=Path(config.labels) if config.labels else None)
+    whole = open_dataset(Path(config.dataset), labels=Path(config.labels) if config.labels else None)
+    learned, validated = learning_parts(whole, config.validation)
+    # Panoramas for test are not even decoded.
+    folder = dataclasses.replace(whole, items=tuple(item for item in whole.items if item.split != "test"))
     sizes = {item.size_hw for item in folder.items}
     if config.batch_size > 1 and len(sizes) > 1:
         raise DatasetError(
@@ -158,13 +161,13 @@ def _prepare(config: TrainConfig, place: Place) -> _Data:
         folder=place.cache or folder.path / CACHE,
         quiet=place.rank > 0,
     )
-    training, validation = split(items, config.validation)
+    cached = {item.name: item for item in items}
     return _Data(
         folder=folder,
-        training=training,
-        validation=validation,
-        sampler=EpochSampler(len(training), seed=config.seed, rank=place.rank, world_size=place.world_size),
-        snapshot=snapshot_id(items),
+        training=[cached[item.name] for item in learned],
+        validation=[cached[item.name] for item in validated],
+        sampler=EpochSampler(len(learned), seed=config.seed, rank=place.rank, world_size=place.world_size),
+        snapshot=snapshot_of(folder, items),
     )
 
 
@@ -291,13 +294,13 @@ def _facts(config: TrainConfig, data: _Data, architecture: Architecture, label_i
     )
 
 
-def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...]) -> pl.Trainer:
+def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, validated: bool) -> pl.Trainer:
     callbacks: list[pl.Callback] = [
         ProgressBar() if os.isatty(2) else EpochLines(),
         History(place.run / METRICS),
         # Two, because one with save_last writes last.ckpt only when the best one improves; their modes tell their
         # states apart.
-        _checkpoint(place.run / BEST, monitor="miou" if config.validation else None, mode="max"),
+        _checkpoint(place.run / BEST, monitor="miou" if validated else None, mode="max"),
         _checkpoint(place.run / LAST, monitor=None, mode="min"),
     ]
     if place.checkpoints is not None:

@@ -9,7 +9,10 @@ from PIL import Image
 
 from sscloud.bundle import ModelBundle
 from sscloud.image import read_label_map
+from sscloud.labels import LabelSchema
 from tools.cli import main
+from training.manifest import DatasetWriter
+from training.splits import SplitPlan
 
 QUICK = ["--scale", "0.5", "--base-width", "4", "--device", "cpu", "--no-augment"]
 
@@ -65,6 +68,22 @@ def test_resume(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs/a goes on as it was started (epochs was 1, not 9; scale was 0.5, not 0.25)" in capsys.readouterr().err
     assert main(["train", "data", "-o", "runs/a", *QUICK]) == 2
     assert "runs/a holds a run already" in capsys.readouterr().err
+
+
+def test_frozen_splits(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with DatasetWriter(data, schema=LabelSchema.default()) as writer:
+        writer.freeze_splits(SplitPlan(group_by="image", validation=50, test=0))
+        writer.commit()
+        snapshot = writer.manifest.snapshot
+
+    assert main(["train", "data", "--validation", "10", *QUICK]) == 2
+    assert "--validation 10 cannot be used: the splits of" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert main(["train", "data", "-o", "runs/a", "--epochs", "1", *QUICK]) == 0
+    stored = json.loads(Path("runs/a/config.json").read_bytes())
+    assert stored["facts"]["snapshot"] == snapshot
+    assert ModelBundle.load(Path("runs/a/bundle")).manifest.snapshot == snapshot
+    assert main(["train", "data", "-o", "runs/a", "--resume", "--device", "cpu"]) == 0
 
 
 def test_errors_before_training(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def test_values_out_of_range(field: str, value: Any, message: str) -> None:
 def test_defaults_are_milesials() -> None:
     config = TrainConfig(dataset="data")
 
-    assert (config.batch_size, config.scale, config.validation, config.base_width) == (1, 0.1, 10.0, 64)
+    assert (config.batch_size, config.scale, config.validation, config.base_width) == (1, 0.1, None, 64)
     assert config.wrap
     assert config.classes is None
 

@@ -1,27 +1,37 @@
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sscloud.bundle import Azimuth
-from sscloud.errors import DatasetError, SchemaError
+from sscloud.errors import ConfigError, DatasetError, SchemaError
+from sscloud.image import read_label_map
+from sscloud.labels import LabelSchema
 from training import dataset
 from training.dataset import (
     CachedItem,
     EpochSampler,
     Facts,
+    Item,
     Panoramas,
     build_cache,
     class_shares,
+    learning_parts,
     open_dataset,
+    part,
     read_facts,
     snapshot_id,
+    snapshot_of,
     split,
 )
+from training.manifest import DatasetWriter, Manifest, make_item
+from training.splits import Split, SplitPlan
 
 MakeDataset = Callable[..., Path]
 
@@ -329,3 +339,165 @@ def test_augmentation_depends_on_seed_and_index_only(make_dataset: MakeDataset) 
 
     assert drawn[4:6] == [drawn[3], drawn[0]]
     assert len(set(drawn)) == 5  # another number for every epoch, place and seed
+
+
+def freeze(root: Path, *, pinned: dict[str, Split] | None = None, **plan: Any) -> Manifest:
+    """Take the folder over into a manifest, every panorama a group of its own."""
+    with DatasetWriter(root, schema=LabelSchema.default()) as writer:
+        writer.freeze_splits(SplitPlan(**{"group_by": "image", **plan}), pinned=pinned)
+        writer.commit()
+        return writer.manifest
+
+
+def names(items: Iterable[Item]) -> list[str]:
+    return [item.name for item in items]
+
+
+def test_items_are_the_manifests(make_dataset: MakeDataset, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_dataset(11)
+    manifest = freeze(root)
+    assert not caplog.records
+    Image.new("L", (8, 8)).save(root / "masks/own.png")
+    Image.new("RGB", (8, 8)).save(root / "imgs/own.jpg")
+
+    found = open_dataset(root)
+
+    assert names(found.items) == [f"{n}_normals" for n in range(1, 12)]
+    assert found.manifest == manifest
+    assert {item.name: item.split for item in found.items} == {item.name: item.split for item in manifest.items}
+    (record,) = caplog.records
+    assert "2 picture(s) that manifest.json does not name are left out: imgs/own.jpg, masks/own.png." in record.message
+    (root / "labels.yaml").unlink()
+    assert open_dataset(root).schema == manifest.schema
+
+
+def test_files_that_do_not_fit_the_manifest(make_dataset: MakeDataset) -> None:
+    root = make_dataset(4)
+    freeze(root)
+    (root / "masks/1_normals.png").unlink()
+    Image.new("RGB", (64, 32)).save(root / "imgs/2_normals.png")
+
+    with pytest.raises(DatasetError, match=r"cannot be used, 2 problem\(s\)") as error:
+        open_dataset(root)
+
+    message = str(error.value)
+    assert "masks/1_normals.png cannot be read: No such file" in message
+    assert "imgs/2_normals.png: is 64x32, but manifest.json says 128x64: run the same fetch or convert" in message
+
+
+def test_files_changed_by_hand_are_found_when_they_are_read(make_dataset: MakeDataset) -> None:
+    root = make_dataset(3)
+    freeze(root)
+    assert len(cache(root)) == 3
+    Image.fromarray(np.full((64, 128), 65, np.uint8)).save(root / "masks/2_normals.png")
+    Image.fromarray(np.full((64, 128, 3), 65, np.uint8)).save(root / "imgs/3_normals.png")
+
+    with pytest.raises(DatasetError, match=r"cannot be used, 2 problem\(s\)") as error:
+        cache(root)
+
+    assert "masks/2_normals.png: was changed by hand since it was fetched or converted" in str(error.value)
+    assert "imgs/3_normals.png: was changed by hand" in str(error.value)
+
+
+def test_opening_finishes_a_commit(make_dataset: MakeDataset) -> None:
+    root = make_dataset(2)
+    freeze(root, validation=50, test=0)
+    (root / ".staged/masks").mkdir(parents=True)
+    (root / "masks/1_normals.png").rename(root / ".staged/masks/1_normals.png")
+
+    assert names(open_dataset(root).items) == ["1_normals", "2_normals"]
+    assert (root / "masks/1_normals.png").is_file()
+    assert not (root / ".staged").exists()
+
+
+def test_snapshot_of(make_dataset: MakeDataset) -> None:
+    root = make_dataset(3)
+    items = cache(root)
+    assert snapshot_of(open_dataset(root), items) == snapshot_id(items)
+    manifest = freeze(root)
+    assert snapshot_of(open_dataset(root), items[:1]) == manifest.snapshot
+
+
+def test_learning_parts_of_a_folder_are_a_draw_by_name(make_dataset: MakeDataset) -> None:
+    found = open_dataset(make_dataset(8))
+
+    for asked, percent in ((None, 10), (40.0, 40)):
+        assert learning_parts(found, asked) == split(found.items, percent)
+
+
+def test_learning_parts_are_the_frozen_splits(make_dataset: MakeDataset) -> None:
+    root = make_dataset(10)
+    freeze(root, validation=20, test=30)
+    found = open_dataset(root)
+
+    training, validation = learning_parts(found)
+
+    assert (len(training), len(validation)) == (5, 2)
+    assert {item.split for item in training} == {"train"}
+    assert {item.split for item in validation} == {"validation"}
+    with pytest.raises(ConfigError, match=r"--validation 10 cannot be used: the splits of .* are frozen .*Leave"):
+        learning_parts(found, 10.0)
+    with pytest.raises(DatasetError, match=r"no panorama is in the split train"):
+        learning_parts(replace(found, items=tuple(validation)))
+
+
+def test_panoramas_without_a_split_yet(make_dataset: MakeDataset) -> None:
+    root = make_dataset(4)
+    with DatasetWriter(root, schema=LabelSchema.default()) as writer:
+        writer.commit()
+    with pytest.raises(
+        DatasetError, match=r"4 of 4 panoramas have no split yet \(1_normals, .*was interrupted\. Run it"
+    ):
+        learning_parts(open_dataset(root))
+
+    freeze(root)
+    other = make_dataset(5, name="other")
+    with DatasetWriter(root, schema=LabelSchema.default()) as writer:
+        image = (other / "imgs/5_normals.png").read_bytes()
+        label_map = read_label_map(other / "masks/5_normals.png")
+        item, mask = make_item(
+            image_name="new.png",
+            image=image,
+            label_map=label_map,
+            source_map=label_map,
+            source={"kind": "cvat"},
+            recipe="",
+            group="",
+        )
+        writer.stage(item, image=image, mask=mask)
+        writer.commit()
+    with pytest.raises(DatasetError, match=r"1 of 5 panoramas have no split yet \(new\)"):
+        learning_parts(open_dataset(root))
+
+
+def test_too_few_groups_are_split_by_name_but_never_the_pinned(make_dataset: MakeDataset) -> None:
+    root = make_dataset(6)
+    freeze(root, group_by="normals", pinned={"3_normals": "test"})
+    found = open_dataset(root)
+
+    training, validation = learning_parts(found)
+
+    assert sorted(names([*training, *validation])) == [f"{n}_normals" for n in (1, 2, 4, 5, 6)]
+    assert len(validation) == 1
+    with pytest.raises(DatasetError, match=r"holds 6 panoramas, all for test: none to train on"):
+        learning_parts(replace(found, items=tuple(replace(item, split="test") for item in found.items)))
+
+
+def test_parts_to_measure_on(make_dataset: MakeDataset) -> None:
+    root = make_dataset(10)
+    plain = open_dataset(root)
+    assert part(plain, None) == (plain, "all")
+    with pytest.raises(
+        DatasetError, match=r"no panoramas in the split test \(it has no frozen splits\)\. Name another"
+    ):
+        part(plain, "test")
+    freeze(root, validation=20, test=30)
+    found = open_dataset(root)
+
+    assert part(found, "all") == (found, "all")
+    chosen, name = part(found, None)
+    assert name == "test"
+    assert [item.split for item in chosen.items] == ["test"] * 3
+    assert len(part(found, "validation")[0].items) == 2
+    with pytest.raises(DatasetError, match=r"in the split test \(it has train, validation\)"):
+        part(replace(found, items=tuple(item for item in found.items if item.split != "test")), "test")

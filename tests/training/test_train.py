@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,11 +23,14 @@ from sscloud.bundle import Azimuth, ModelBundle
 from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
 from sscloud.image import read_image
 from sscloud.inference import Predictor
+from sscloud.labels import LabelSchema
 from sscloud.unet import Architecture, UNet
 from training.config import Place, TrainConfig, read_run
 from training.dataset import Panoramas, build_cache, open_dataset, split
+from training.manifest import DatasetWriter
 from training.memory import step_bytes
 from training.metrics import Scores, confusion_matrix, score
+from training.splits import SplitPlan
 from training.train import train
 
 MakeDataset = Callable[..., Path]
@@ -157,6 +161,44 @@ def test_without_validation(make_dataset: MakeDataset, tmp_path: Path) -> None:
     assert "miou" not in table(run)[0]
     assert bundle.manifest.metrics["epoch"] == 2
     assert weights(run, "best") == weights(run, "last")
+
+
+def test_frozen_splits_decide(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(5)
+    with DatasetWriter(data, schema=LabelSchema.default()) as writer:
+        writer.freeze_splits(SplitPlan(group_by="image", validation=20, test=40))
+        writer.commit()
+        manifest = writer.manifest
+    alone = tmp_path / "alone"
+    shutil.copytree(data, alone, ignore=shutil.ignore_patterns("manifest.json", ".cache"))
+    for item in manifest.items:
+        if item.split != "train":
+            (alone / "imgs" / item.image).unlink()
+            (alone / "masks" / item.mask).unlink()
+        if item.split == "test":  # never decoded: what is in it would be an error
+            size = (data / "imgs" / item.image).read_bytes()[:64]
+            (data / "imgs" / item.image).write_bytes(size)
+
+    bundle = fit(data, tmp_path / "run", validation=None, epochs=1)
+    fit(alone, tmp_path / "other", validation=0.0, epochs=1)
+
+    assert weights(tmp_path / "run") == weights(tmp_path / "other")
+    assert "miou" in table(tmp_path / "run")[0]
+    assert bundle.manifest.snapshot == manifest.snapshot
+    with pytest.raises(ConfigError, match=r"--validation 34 cannot be used: the splits .* are frozen"):
+        fit(data, tmp_path / "refused")
+
+
+def test_frozen_splits_without_validation(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(3)
+    with DatasetWriter(data, schema=LabelSchema.default()) as writer:
+        writer.freeze_splits(SplitPlan(group_by="image", validation=0, test=33))
+        writer.commit()
+
+    fit(data, tmp_path / "run", validation=None)
+
+    assert "miou" not in table(tmp_path / "run")[0]
+    assert weights(tmp_path / "run", "best") == weights(tmp_path / "run", "last")
 
 
 def test_same_seed_same_weights(make_dataset: MakeDataset, tmp_path: Path) -> None:

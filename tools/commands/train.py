@@ -10,7 +10,9 @@ NAME = "train"
 HELP = "train a model on panoramas and masks"
 DESCRIPTION = """\
 Train a segmentation network on DATASET: a folder with imgs/ (panoramas) and masks/ (label maps of the same names,
-8-bit PNGs that hold label ids). Each panorama is decoded and scaled once, into DATASET/.cache.
+8-bit PNGs that hold label ids). Each panorama is decoded and scaled once, into DATASET/.cache. A data set that `fetch`
+or `convert` made has frozen splits: train learns from its part train, chooses the best epoch by validation, and never
+looks at test.
 
 The run folder gets the configuration, checkpoints, metrics.csv and, at the end, bundle/: the best model with everything
 that prediction needs. Metrics also go to an MLflow store, a SQLite file beside the run unless MLFLOW_TRACKING_URI names
@@ -51,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("-l", "--learning-rate", type=float, default=suppress, metavar="LR", help="peak (default: 1e-3)")
     what.add_argument("--weight-decay", type=float, default=suppress, metavar="WD", help="default: 1e-4")
     what.add_argument(
-        "-v", "--validation", type=float, default=suppress, metavar="P", help="percent of the panoramas (default: 10)"
+        "-v",
+        "--validation",
+        type=float,
+        default=suppress,
+        metavar="P",
+        help="percent of the panoramas (default: 10), where the data set has no frozen splits",
     )
     what.add_argument("--amp", action="store_true", default=suppress, help="mixed precision: faster, half the memory")
     what.add_argument(
