@@ -1,8 +1,9 @@
 """Seeded networks, bundles and panoramas for every test, and milesial/Pytorch-UNet written down a second time."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from torch import Tensor
 from sscloud.bundle import Manifest, ModelBundle, save_bundle
 from sscloud.labels import LabelSchema
 from sscloud.unet import Architecture, UNet
+
+if TYPE_CHECKING:
+    from cvat_standin import CvatStandin, Site  # imported where used: cvat-sdk takes its time
 
 
 class Predicted(NamedTuple):
@@ -157,3 +161,34 @@ def _reference_predict(content: Mapping[str, Any], image: NDArray[np.uint8], *, 
 def milesial() -> SimpleNamespace:
     """The reference: `logits(state, x, bilinear=…)` and `predict(checkpoint, image, scale=…)`."""
     return SimpleNamespace(logits=_reference_logits, predict=_reference_predict)
+
+
+@pytest.fixture
+def cvat_server() -> "Iterator[CvatStandin]":
+    """A stand-in for a CVAT server, empty; `cvat_standin` says what it can do."""
+    from cvat_standin import CvatStandin
+
+    with CvatStandin() as server:
+        yield server
+
+
+@pytest.fixture(params=["stand-in", pytest.param("live", marks=pytest.mark.live)])
+def cvat_site(request: pytest.FixtureRequest) -> "Iterator[Site]":
+    """A CVAT server with a login: the stand-in; with `-m live` the one that the environment names."""
+    from cvat_standin import Site
+
+    if request.param == "stand-in":
+        server: CvatStandin = request.getfixturevalue("cvat_server")
+        yield server.site
+        return
+    names = ("CVAT_URL", "CVAT_USERNAME", "CVAT_PASSWORD")
+    url, username, password = (os.environ.get(name, "") for name in names)
+    if "live" not in request.config.getoption("markexpr"):
+        pytest.skip("makes projects on a live server: only with -m live")
+    if not (url and username and password):
+        pytest.skip(f"needs a live server in {', '.join(names)}")
+    site = Site(url=url, username=username, password=password, live=True)
+    try:
+        yield site
+    finally:
+        site.delete_projects()
