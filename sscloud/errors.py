@@ -6,6 +6,8 @@
     ├── BundleError         a bundle or a checkpoint cannot be read or does not fit
     ├── DatasetError        a folder of panoramas and masks cannot be used
     ├── ArchiveError        an exported archive is broken, hostile or of an unknown layout
+    ├── ServerError         a CVAT server cannot be reached, refuses, or answers something else than CVAT
+    ├── DeployError         Nuclio or one of its functions fails, or does not answer as it should
     ├── RequestError        a request to the function is wrong; answered with status 400
     ├── TrainingError       training cannot go on: out of memory, numbers that are no numbers
     └── ConfigError         a setting, a path or a command-line value is wrong
@@ -36,6 +38,23 @@ class DatasetError(SSCloudError):
 
 class ArchiveError(SSCloudError):
     """An exported archive is broken, hostile or of an unknown layout."""
+
+
+class ServerError(SSCloudError):
+    """A CVAT server cannot be reached, refuses, or answers something else than CVAT.
+
+    Args:
+        message: for a person.
+        status: the HTTP status, None when there was no answer.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class DeployError(SSCloudError):
+    """Nuclio or one of its functions fails, or does not answer as it should."""
 
 
 class RequestError(SSCloudError):

@@ -8,11 +8,10 @@ HELP = "make a function folder for Nuclio of a bundle"
 DESCRIPTION = """\
 Writes a folder that holds everything Nuclio needs to build and run the function: function.yaml (CPU) and
 function-gpu.yaml with the labels, version and description of the bundle, the code, and the bundle itself.
-Deploy it with nuctl, or try it without Docker with `sscloud serve`."""
+Deploy it with `sscloud deploy` (or with nuctl), or try it without Docker with `sscloud serve`."""
 EXAMPLES = """\
   sscloud package runs/street/bundle -o function
-  nuctl deploy --project-name cvat --path function --file function/function-gpu.yaml --platform local \\
-      --platform-config '{"attributes": {"network": "cvat_cvat"}}'
+  sscloud deploy function --gpu
 
   sscloud package runs/street/bundle -o function --name sscloud-street --overwrite
   sscloud serve function"""
@@ -36,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     name = package(args.bundle, args.output, name=args.name, overwrite=args.overwrite)
     print(f"{args.output}: function {name}, self-contained.")
-    print("Deploy it on the machine where CVAT and Nuclio run:")
+    print(f"Deploy it on the machine where CVAT and Nuclio run:\n  sscloud deploy {args.output} --gpu")
+    print("or, without a fixed port and a way back, with nuctl alone:")
     for file, what in (("function-gpu.yaml", "with an NVIDIA GPU"), ("function.yaml", "CPU only")):
         path = args.output / file
         print(f"  # {what}")
