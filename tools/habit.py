@@ -76,9 +76,10 @@ def visualize(folder: Path) -> int:
 
 
 def convert(folder: Path) -> int:
-    """`convert_labelme.py`: a LabelMe archive into one of the old folders."""
+    """`convert_labelme.py`: an archive into one of the old folders, of which each is a part by itself."""
     name = Path(sys.argv[0]).name
-    return main("convert", {"output": folder}, examples=f"  python tools/{name} street.zip")
+    defaults = {"output": folder, "validation": 0.0, "test": 0.0}
+    return main("convert", defaults, examples=f"  python tools/{name} street.zip")
 
 
 def _shown(value: Any) -> str:

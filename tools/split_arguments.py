@@ -25,7 +25,13 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="percent of the panoramas to choose the best epoch by (default: 10)",
     )
-    group.add_argument("--test", type=float, metavar="P", help="percent of the panoramas to measure on (default: 10)")
+    group.add_argument(
+        "--test",
+        type=float,
+        metavar="P",
+        help="percent of the panoramas to measure on (default: 10); with 0 for both, no splits are made, and training "
+        "draws its own validation part",
+    )
 
 
 def plan_from(args: argparse.Namespace, remembered: "SplitPlan | None") -> "SplitPlan":

@@ -179,8 +179,9 @@ def assign(
             their groups: the rest of such a group is placed as if they were not there.
 
     Returns:
-        The splits of all items. When nothing was decided before and there are fewer groups than wanted splits, items
-        that are not pinned stay without one, and `too_few` says what to do.
+        The splits of all items. When nothing was decided before, items that are not pinned stay without one where the
+        plan wants neither validation nor test, or where there are fewer groups than wanted splits; then `too_few` says
+        what to do.
     """
     images: dict[str, Split] = dict(memory.images)
     images.update({item.image_sha256: item.split for item in items if item.split is not None})
@@ -225,7 +226,10 @@ def assign(
 
     empty = [name for name in plan.shares if name not in images.values()]
     too_few = None
-    if free and len(free) < len(empty) and not set(images) - pins:
+    undecided = not set(images) - pins
+    if undecided and set(plan.shares) == {"train"}:
+        pass  # nothing is asked to be split: training may draw its own part
+    elif free and len(free) < len(empty) and undecided:
         parts = " and ".join(filter(None, [", ".join(empty[:-1]), empty[-1]]))
         too_few = (
             f"The data set has {len(free)} group(s) of panoramas, too few for {len(empty)} splits ({parts}), so no "

@@ -126,7 +126,6 @@ def test_too_few_groups() -> None:
     two = assign(items, memory=SplitMemory(), plan=SplitPlan(test=0))
     assert two.too_few is None
     assert {two.splits["a-0"], two.splits["b-0"]} == {"train", "validation"}
-    assert set(assign(items, memory=SplitMemory(), plan=SplitPlan(validation=0, test=0)).splits.values()) == {"train"}
     assert assign([], memory=SplitMemory(), plan=SplitPlan()).splits == {}
 
 
@@ -301,3 +300,15 @@ def test_thousands_of_groups() -> None:
 
     for label_id in (None, 2, 66):
         assert shares(items, splits, label_id)["test"] == pytest.approx(0.1, abs=0.005)
+
+
+def test_without_validation_and_test_nothing_is_split_until_it_is_asked_for() -> None:
+    items = town(6)
+    nothing = assign(items, memory=SplitMemory(), plan=SplitPlan(validation=0, test=0))
+    assert set(nothing.splits.values()) == {None}
+    assert nothing.too_few is None
+    later = assign(items, memory=nothing.memory, plan=SplitPlan(validation=20, test=20))
+    assert set(later.splits.values()) == {"train", "validation", "test"}
+    more = [*items, panorama("new")]
+    joined = assign(more, memory=later.memory, plan=SplitPlan(validation=0, test=0))
+    assert joined.splits["new-0"] == "train"
