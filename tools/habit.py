@@ -78,7 +78,8 @@ def visualize(folder: Path) -> int:
 def convert(folder: Path) -> int:
     """`convert_labelme.py`: an archive into one of the old folders, of which each is a part by itself."""
     name = Path(sys.argv[0]).name
-    defaults = {"output": folder, "validation": 0.0, "test": 0.0}
+    # An image without shapes is all background, as the old script had it.
+    defaults = {"output": folder, "empty": "background", "validation": 0.0, "test": 0.0}
     return main("convert", defaults, examples=f"  python tools/{name} street.zip")
 
 

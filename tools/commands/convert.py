@@ -3,20 +3,34 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tools.split_arguments import add_split_arguments, plan_from, split_lines
+
+if TYPE_CHECKING:
+    from sscloud.labels import LabelSchema
+    from training.formats.convert import Summary
 
 NAME = "convert"
-HELP = "turn a LabelMe 3.0 archive from CVAT into a dataset (imgs/, masks/, labels.yaml)"
+HELP = "turn an archive from CVAT, of seven formats, into a dataset (imgs/, masks/, manifest.json)"
 DESCRIPTION = """\
-Turns a LabelMe 3.0 archive, masks and polygons, into imgs/NAME.jpg and masks/NAME.png with one label id a pixel.
+Turns a zip that CVAT exported into imgs/NAME.jpg, masks/NAME.png with one label id a pixel, and manifest.json, which
+says of every panorama where it comes from and which split it is in. The format is recognised: CVAT for images 1.1,
+Datumaro 1.0, COCO 1.0, LabelMe 3.0, Segmentation mask 1.1, CamVid 1.0, Cityscapes 1.0; the same annotations make the
+same masks, as far as the format can say them (docs/formats.md). CVAT for images says most: also who drew a shape.
 Label names become ids by the label schema; case, white space and aliases are taken care of. Pixels that nobody drew get
-the id of the background, or 255 (void) when the schema has no background. Nothing is written before the whole archive
-is known to be good. Archives can be added to one dataset one after the other."""
+the id of the background, or 255 (void) when the schema has no background. Nothing appears before the whole archive is
+known to be good. Archives can be added to one dataset one after the other."""
 EXAMPLES = """\
-In CVAT: Actions → Export task dataset → LabelMe 3.0, with 'Save images'. Then
+In CVAT: Actions → Export task dataset → CVAT for images 1.1, with 'Save images'. Then
 
   sscloud convert street.zip -o dataset
-  sscloud convert yard.zip -o dataset               # adds to it; identical files are skipped
+  sscloud convert yard.zip -o dataset               # adds to it; what is there already is skipped
   sscloud convert street-corrected.zip -o dataset --overwrite
+
+Frames without a single shape are left out, because most are not annotated yet. Where they show nothing to label:
+
+  sscloud convert street.zip -o dataset --empty background
 
 Labels of your own, and label names that the schema lacks (without --unknown the command lists them and stops):
 
@@ -24,12 +38,16 @@ Labels of your own, and label names that the schema lacks (without --unknown the
   sscloud convert street.zip -o dataset --unknown void        # such pixels are left out of training
   sscloud convert street.zip -o dataset --unknown background  # such pixels are nothing special
 
+Panoramas of one site never straddle training, validation and test; decided once, kept for ever:
+
+  sscloud convert street.zip -o dataset --group-by '^(site\\d+)_'
+
 Exit status: 0 all images converted; 1 some were left out by --skip-broken; 2 nothing was written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `sscloud convert`."""
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE.zip", help="zip exported from CVAT as LabelMe 3.0")
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE.zip", help="zip exported from CVAT, with images")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DATASET", help="dataset folder, new or already in use"
     )
@@ -47,29 +65,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(255), or as background",
     )
     parser.add_argument(
+        "--empty",
+        choices=("skip", "void", "background"),
+        default="skip",
+        help="frames without a shape: leave them out (skip, the default), or take them as all void or all background",
+    )
+    parser.add_argument(
         "--skip-broken", action="store_true", help="convert the other images when some of the archive cannot be read"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files of DATASET whose content differs")
+    add_split_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert the archive and print a summary."""
     from sscloud.labels import LabelSchema
-    from training.formats.convert import convert_archive
 
     own = args.output / "labels.yaml"
     path = args.labels or (own if own.is_file() else None)
     schema = LabelSchema.default() if path is None else LabelSchema.from_yaml(path)
+    return convert_and_print(args.archive, args, schema, skip_broken=args.skip_broken, overwrite=args.overwrite)
+
+
+def convert_and_print(
+    archive: Path,
+    args: argparse.Namespace,
+    schema: "LabelSchema",
+    *,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Convert one archive and print a summary; returns the exit status.
+
+    Args:
+        archive: the zip.
+        args: with `output`, `unknown`, `empty` and the flags of `add_split_arguments`.
+        schema: of the masks.
+        skip_broken: convert the other images when some cannot be read.
+        overwrite: replace items of the dataset that differ.
+    """
+    from training.formats.convert import convert_archive
+    from training.manifest import read_manifest
+
+    before = read_manifest(args.output)
     summary = convert_archive(
-        args.archive,
+        archive,
         args.output,
         schema=schema,
         unknown=args.unknown,
-        skip_broken=args.skip_broken,
-        overwrite=args.overwrite,
+        empty=args.empty,
+        plan=plan_from(args, before.plan if before else None),
+        skip_broken=skip_broken,
+        overwrite=overwrite,
         progress=True,
     )
-    print(f"{args.archive} → {args.output}")
+    _print(summary, archive, args, schema)
+    return 1 if summary.broken else 0
+
+
+def _print(summary: "Summary", archive: Path, args: argparse.Namespace, schema: "LabelSchema") -> None:
+    print(f"{archive} ({summary.layout}) → {args.output}   snapshot {summary.manifest.snapshot}")
     print(f"  images  {summary.images:>8}   ({summary.unchanged} were there already)")
     print(f"  shapes  {summary.shapes:>8}")
     print("  share of pixels")
@@ -81,11 +136,10 @@ def run(args: argparse.Namespace) -> int:
         share = summary.pixel_shares.get(label_id, 0.0)
         if share or schema.by_id(label_id) is not None:
             print(f"    {name:<{width}}  {label_id:>3}  {share:8.3%}")
+    lines, warnings = split_lines(summary.manifest.items, schema, summary.splits)
+    for line in lines:
+        print(f"  {line}")
     for label in summary.unknown:
-        print(
-            f"warning: unknown label {label.name!r}: {label.found} painted as {args.unknown}",
-            file=sys.stderr,
-        )
-    for warning in (*summary.warnings, *(f"left out: {reason}" for reason in summary.broken)):
+        warnings.append(f"unknown label {label.name!r}: {label.found} painted as {args.unknown}")
+    for warning in (*warnings, *summary.warnings, *(f"left out: {reason}" for reason in summary.broken)):
         print(f"warning: {warning}", file=sys.stderr)
-    return 1 if summary.broken else 0

@@ -93,9 +93,24 @@ class ZipArchive:
                 # With a count, zlib stops there; without one it would inflate whatever a lying header hides.
                 return stream.read(info.file_size + 1)
         except _UNREADABLE as error:
-            raise ArchiveError(
-                f"{self.path}: {name} cannot be unpacked ({error}). It is damaged: export the archive again."
-            ) from error
+            raise self._cannot_be_unpacked(name, error) from error
+
+    def peek(self, name: str, count: int) -> bytes:
+        """The first bytes of a member, at most `count`.
+
+        Raises:
+            ArchiveError: broken or truncated.
+        """
+        try:
+            with self._zip.open(self.members[name]) as stream:
+                return stream.read(count)
+        except _UNREADABLE as error:
+            raise self._cannot_be_unpacked(name, error) from error
+
+    def _cannot_be_unpacked(self, name: str, error: Exception) -> ArchiveError:
+        return ArchiveError(
+            f"{self.path}: {name} cannot be unpacked ({error}). It is damaged: export the archive again."
+        )
 
     def _checked(self, max_total_bytes: int) -> dict[str, zipfile.ZipInfo]:
         infos = self._zip.infolist()

@@ -14,72 +14,40 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-import defusedxml.ElementTree
 import numpy as np
-from defusedxml import DefusedXmlException
 from numpy.typing import NDArray
 from PIL import Image
 
-from sscloud.errors import ArchiveError, ImageError
-from sscloud.image import decode_image
-from training.formats.archive import ZipArchive, unsafe_path
+from sscloud.errors import ArchiveError
+from sscloud.image import SUFFIXES
+from training.formats.archive import ZipArchive
+from training.formats.documents import parse_xml
+from training.formats.entry import (
+    Contents,
+    Entry,
+    Size,
+    cannot_be_painted,
+    check_count,
+    check_reference,
+    collect,
+    find_image,
+    image_members,
+    twice_claimed,
+)
 from training.rasterise import MaskShape, PolygonShape, Shape, check_polygon, rectangle
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 MASKS_FOLDER: Final = "Masks"
 MAX_XML_BYTES: Final = 32 << 20
 """Largest XML. A point of a polygon takes 62 bytes, so this is half a million points for one image."""
-MAX_OBJECTS: Final = 20_000
-"""Most objects of one image."""
-MAX_MASK_PIXELS: Final = 1 << 30
-"""Most pixels in the boxes of all masks of one image, a byte each: eight times the largest image that is read."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """An annotated image in the archive, not read yet."""
-
-    xml: str
-    """Member with the annotations."""
-    image: str | None
-    """Member with the picture; None when the archive holds none that could be it."""
-    labels: tuple[str, ...]
-    """The label name of every object that is not deleted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """An annotated image."""
-
-    name: str
-    """File name of the image, without its folder."""
-    image: bytes
-    """The image file as it is in the archive; it decodes."""
-    size_hw: tuple[int, int]
-    shapes: tuple[Shape, ...]
-    """In painting order, deleted objects left out."""
-    deleted: int
-    """Number of objects marked as deleted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """What an archive holds."""
-
-    entries: tuple[Entry, ...]
-    """Sorted by member name."""
-    without_annotations: tuple[str, ...]
-    """Images that no XML belongs to."""
-    broken: tuple[ArchiveError, ...]
-    """One for each XML that cannot be read."""
 
 
 def list_entries(archive: ZipArchive) -> Contents:
@@ -88,81 +56,60 @@ def list_entries(archive: ZipArchive) -> Contents:
     An XML's image is the one of its own name, else the one that its `filename` names, else the only image of the folder
     that no other XML has claimed.
     """
-    images = {name for name in archive.members if _is_image(name)}
-    folded = {name.casefold(): name for name in images}
+    images = {key: name for key, name in image_members(archive).items() if not _is_mask(name)}
+    roots: dict[str, Entry] = {}
     pairs: dict[str, str | None] = {}
     owners: dict[str, str] = {}
-    labels: dict[str, tuple[str, ...]] = {}
     broken = []
     for xml in sorted(name for name in archive.members if PurePosixPath(name).suffix.lower() == ".xml"):
         try:
             root = _parse(archive, xml)
-            image = _named_image(archive, xml, root, folded)
+            image = _named_image(archive, xml, root, images)
+            if image is not None and owners.setdefault(image, xml) != xml:
+                broken.append(twice_claimed(xml, owners[image], image))
+                continue
+            roots[xml] = _entry(archive, xml, root)
         except ArchiveError as error:
             broken.append(error)
             continue
-        if image is not None and owners.setdefault(image, xml) != xml:
-            broken.append(
-                ArchiveError(f"{xml} and {owners[image]} both belong to {image}. Leave one of them in the archive.")
-            )
-            continue
         pairs[xml] = image
-        labels[xml] = tuple(_text(element, "name") for element in root.findall("object") if not _is_deleted(element))
-    taken = set(owners)
-    _pair_leftovers(pairs, images - taken)
-    taken.update(image for image in pairs.values() if image)
+    left = set(images.values()) - owners.keys()
+    _pair_leftovers(pairs, left)
     return Contents(
-        entries=tuple(Entry(xml=xml, image=image, labels=labels[xml]) for xml, image in pairs.items()),
-        without_annotations=tuple(sorted(images - taken)),
+        entries=tuple(
+            replace(roots[xml], image=image, name=roots[xml].name if image is None else PurePosixPath(image).name)
+            for xml, image in pairs.items()
+        ),
+        without_annotations=tuple(sorted(left - set(pairs.values()))),
         broken=tuple(broken),
     )
 
 
-def read_entry(archive: ZipArchive, entry: Entry) -> Item:
-    """Read one image with its shapes.
-
-    Raises:
-        ArchiveError: the XML, the image or a mask is missing, broken, hostile or of another size; names the member.
-    """
-    root = _parse(archive, entry.xml)
-    if entry.image is None:
-        raise ArchiveError(
-            f"{entry.xml}: its image {_text(root, 'filename')!r} is not in the archive. Export again with "
-            "'Save images' switched on, or put the image beside the XML under the XML's name."
-        )
-    image = archive.read(entry.image)
-    try:
-        height, width = decode_image(image).shape[:2]
-    except ImageError as error:
-        raise ArchiveError(f"{entry.image}: {error}") from error
-    size_hw = (height, width)
-    _check_size(entry, root, size_hw)
+def _entry(archive: ZipArchive, xml: str, root: "Element") -> Entry:
+    """What an XML says without its image."""
     objects = root.findall("object")
-    if len(objects) > MAX_OBJECTS:
-        raise ArchiveError(
-            f"{entry.xml} lists {len(objects)} objects, at most {MAX_OBJECTS} are read. Join the small ones in CVAT."
-        )
+    check_count(len(objects), xml)
     kept = [element for element in objects if not _is_deleted(element)]
-    return Item(
-        name=PurePosixPath(entry.image).name,
-        image=image,
-        size_hw=size_hw,
-        shapes=tuple(_shapes(archive, entry.xml, kept, size_hw)),
+    return Entry(
+        annotations=xml,
+        name=_text(root, "filename") or PurePosixPath(xml).name,
+        image=None,
+        labels=tuple(_text(element, "name") for element in kept),
+        read_shapes=partial(_read_shapes, archive, xml),
+        stated_size_hw=_stated_size(root, xml),
         deleted=len(objects) - len(kept),
     )
 
 
+def _read_shapes(archive: ZipArchive, xml: str, size_hw: Size) -> tuple[Shape, ...]:
+    # Parsed a second time: the trees of thousands of frames would not fit in memory together.
+    objects = _parse(archive, xml).findall("object")
+    kept = [element for element in objects if not _is_deleted(element)]
+    return collect(_shapes(archive, xml, kept, size_hw), xml)
+
+
 def _parse(archive: ZipArchive, xml: str) -> "Element":
-    data = archive.read(xml, max_bytes=MAX_XML_BYTES)
-    try:
-        root: Element = defusedxml.ElementTree.fromstring(data, forbid_dtd=True)
-    except DefusedXmlException as error:
-        raise ArchiveError(
-            f"{xml} declares a document type or entities ({type(error).__name__}), which LabelMe never does and which "
-            "can be an attack. Delete everything from '<!DOCTYPE' to its closing '>' or export again."
-        ) from error
-    except (SyntaxError, ValueError, LookupError) as error:  # SyntaxError is the base of ElementTree's ParseError
-        raise ArchiveError(f"{xml} is not well-formed XML ({error}). Export the archive again.") from error
+    root = parse_xml(archive.read(xml, max_bytes=MAX_XML_BYTES), xml)
     if root.tag != "annotation":
         raise ArchiveError(
             f"{xml} starts with <{root.tag}>, a LabelMe file with <annotation>. Export as 'LabelMe 3.0' from CVAT, or "
@@ -175,18 +122,15 @@ def _named_image(archive: ZipArchive, xml: str, root: "Element", images: Mapping
     """The image of the XML's own name or the one it names; `images` are the archive's, by case-folded name."""
     filename = _text(root, "filename")
     folder = _text(root, "folder").replace("\\", "/").strip("/")
-    _check_reference(xml, "filename", filename)
+    check_reference(xml, "the filename", filename)
     path = PurePosixPath(xml)
     # `folder` is only ever compared with the archive's own names; one that points elsewhere matches none of them.
     named = [path.parent / folder / filename, path.parent / filename] if filename else []
-    own = [path.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES)]
+    own = [path.with_suffix(suffix) for suffix in sorted(SUFFIXES)]
     # Where NAME.jpg and NAME.png both lie beside NAME.xml, `filename` says which of them it is.
     candidates = [place for place in named if place.stem == path.stem] + own + named
-    for place in candidates:
-        member = archive.find(str(place))
-        if member is not None and _is_image(member):
-            return member
-    return next((images[key] for place in candidates if (key := str(place).casefold()) in images), None)
+    found = find_image(archive, images, map(str, candidates))
+    return None if found is None or _is_mask(found) else found
 
 
 def _pair_leftovers(pairs: dict[str, str | None], images: Iterable[str]) -> None:
@@ -203,31 +147,21 @@ def _pair_leftovers(pairs: dict[str, str | None], images: Iterable[str]) -> None
             pairs[xmls[0]] = left[folder][0]
 
 
-def _shapes(archive: ZipArchive, xml: str, objects: Sequence["Element"], size_hw: tuple[int, int]) -> list[Shape]:
-    shapes: list[Shape] = []
-    mask_pixels = 0
+def _shapes(archive: ZipArchive, xml: str, objects: Sequence["Element"], size_hw: Size) -> Iterator[Shape]:
     for position, element in enumerate(objects):
         label = _text(element, "name")
         where = f"{xml}, object {_text(element, 'id') or position} ({label or 'no name'})"
         polygon, segm = element.find("polygon"), element.find("segm")
         if polygon is not None:
-            shapes.append(_polygon(where, label, element, polygon, size_hw))
+            yield _polygon(where, label, element, polygon, size_hw)
         elif segm is not None:
-            mask = _mask(archive, xml, where, label, segm, size_hw)
-            mask_pixels += mask.mask.size
-            if mask_pixels > MAX_MASK_PIXELS:
-                raise ArchiveError(
-                    f"{xml}: the boxes of its masks hold over {MAX_MASK_PIXELS} pixels together. Split the scene's "
-                    "masks in CVAT into fewer overlapping ones."
-                )
-            shapes.append(mask)
+            yield _mask(archive, xml, where, label, segm, size_hw)
         else:
             inside = ", ".join(f"<{child.tag}>" for child in element) or "nothing"
             raise ArchiveError(
                 f"{where} has neither a polygon nor a mask, it holds {inside}. Objects of LabelMe 3.0 are expected"
                 + ("; this is Pascal VOC: export as 'LabelMe 3.0'." if element.find("bndbox") is not None else ".")
             )
-    return shapes
 
 
 def _polygon(where: str, label: str, element: "Element", polygon: "Element", size_hw: tuple[int, int]) -> PolygonShape:
@@ -242,7 +176,7 @@ def _polygon(where: str, label: str, element: "Element", polygon: "Element", siz
             shape = rectangle(label, (x1, y1, x2, y2), rotation=rotation)
             check_polygon(shape.points, size_hw=size_hw)
     except ValueError as error:
-        raise ArchiveError(f"{where}: {error}. Correct or delete the object in CVAT and export again.") from error
+        raise cannot_be_painted(where, error) from error
     return shape
 
 
@@ -259,7 +193,7 @@ def _mask(
     archive: ZipArchive, xml: str, where: str, label: str, segm: "Element", size_hw: tuple[int, int]
 ) -> MaskShape:
     name = _text(segm, "mask")
-    _check_reference(where, "mask", name)
+    check_reference(where, "the mask", name)
     # CVAT writes images of subfolders into subfolders, but all masks of a subset into one folder at its top.
     places = [str(folder / MASKS_FOLDER / name) for folder in PurePosixPath(xml).parents] if name else []
     member = next((found for place in places if (found := archive.find(place))), None)
@@ -306,30 +240,25 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8 | np.uint32]:
     return np.asarray(image)
 
 
-def _check_size(entry: Entry, root: "Element", size_hw: tuple[int, int]) -> None:
-    stated = (root.findtext("imagesize/nrows", "").strip(), root.findtext("imagesize/ncols", "").strip())
-    if any(stated) and stated != (str(size_hw[0]), str(size_hw[1])):
+def _stated_size(root: "Element", xml: str) -> Size | None:
+    rows, columns = root.findtext("imagesize/nrows", "").strip(), root.findtext("imagesize/ncols", "").strip()
+    if not rows and not columns:
+        return None
+    try:
+        return int(rows), int(columns)
+    except ValueError as error:
         raise ArchiveError(
-            f"{entry.xml} was drawn on an image of {stated[1]}x{stated[0]} pixels, {entry.image} has "
-            f"{size_hw[1]}x{size_hw[0]}. Put the image that was annotated into the archive."
-        )
-
-
-def _check_reference(where: str, tag: str, name: str) -> None:
-    if name and (problem := unsafe_path(name)):
-        raise ArchiveError(
-            f"{where}: <{tag}> {name!r} {problem}. It has to be a name inside the archive: correct the XML or export "
-            "again."
-        )
+            f"{xml}: <imagesize> must give whole numbers of rows and columns, found {rows!r} and {columns!r}. Correct "
+            "it, or delete the element."
+        ) from error
 
 
 def _is_deleted(element: "Element") -> bool:
     return _text(element, "deleted") in ("1", "true", "yes")
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and MASKS_FOLDER not in path.parent.parts
+def _is_mask(name: str) -> bool:
+    return MASKS_FOLDER in PurePosixPath(name).parent.parts
 
 
 def _text(element: "Element", tag: str) -> str:

@@ -171,20 +171,41 @@ def test_names_packed_on_a_mac_are_found_by_their_composed_letters(path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("names", "layout"),
+    ("members", "layout"),
     [
-        (["default/a.xml", "default/a.jpg", "default/Masks/a_mask_0.png"], "LabelMe 3.0"),
-        (["a.xml", "b.jpg"], "LabelMe 3.0"),
-        (["annotations.xml", "images/default/a.jpg"], "CVAT for images 1.1 (or CVAT for video)"),
-        (["annotations/instances_default.json", "images/default/a.jpg"], "COCO 1.0"),
-        (["annotations/default.json", "images/default/a.jpg"], "Datumaro 1.0"),
-        (["labelmap.txt", "SegmentationClass/a.png", "ImageSets/Segmentation/default.txt"], "Segmentation mask 1.1"),
-        (["label_colors.txt", "gtFine/default/a_gtFine_color.png"], "Cityscapes 1.0"),
-        (["label_colors.txt", "default.txt", "defaultannot/a.png"], "CamVid 1.0"),
-        (["Annotations/a.xml", "ImageSets/Main/default.txt"], "Pascal VOC 1.1"),
-        (["data.yaml", "labels/train/a.txt"], "YOLO"),
-        (["holiday.jpg"], None),
+        ({"default/a.xml": "<annotation>", "default/a.jpg": "", "default/Masks/a_mask_0.png": ""}, "LabelMe 3.0"),
+        ({"a.xml": "<?xml version='1.0'?>\n<annotation>", "b.jpg": ""}, "LabelMe 3.0"),
+        ({"annotations.xml": "<annotations>", "images/default/a.jpg": ""}, "CVAT for images 1.1"),
+        ({"улица.xml": "<?xml version='1.0'?>\n<annotations>", "a.jpg": ""}, "CVAT for images 1.1"),
+        ({"annotations/instances_default.json": '{"licenses": [', "images/default/a.jpg": ""}, "COCO 1.0"),
+        ({"x/result.json": '{"info": {}, "images": [', "x/a.jpg": ""}, "COCO 1.0"),
+        ({"annotations/default.json": '{"dm_format_version": "1.0"', "images/default/a.jpg": ""}, "Datumaro 1.0"),
+        ({"annotations/default.json": '{"info": {}, "categories": {"label": {}}, "items": []'}, "Datumaro 1.0"),
+        ({"labelmap.txt": "", "SegmentationClass/a.png": "", "JPEGImages/a.jpg": ""}, "Segmentation mask 1.1"),
+        ({"export/SegmentationClass/a.png": ""}, "Segmentation mask 1.1"),
+        ({"label_colors.txt": "", "gtFine/default/a_gtFine_color.png": ""}, "Cityscapes 1.0"),
+        ({"label_colors.txt": "", "default.txt": "", "defaultannot/a.png": ""}, "CamVid 1.0"),
+        ({"Annotations/a.xml": "<annotation>", "ImageSets/Main/default.txt": ""}, "Pascal VOC 1.1"),
+        ({"annotations/person_keypoints_default.json": '{"licenses": ['}, "COCO Keypoints 1.0"),
+        ({"task.json": "{}", "annotations.json": "[]", "data/manifest.jsonl": ""}, "a CVAT task or project backup"),
+        ({"data.yaml": "", "labels/train/a.txt": ""}, "YOLO"),
+        ({"holiday.jpg": ""}, None),
     ],
 )
-def test_export_formats_are_told_apart(names: list[str], layout: str | None) -> None:
-    assert recognise(names) == layout
+def test_export_formats_are_told_apart_by_what_is_in_them(path: Path, members: dict[str, str], layout: str) -> None:
+    with ZipArchive(write(path, {name: text.encode() for name, text in members.items()})) as archive:
+        assert recognise(archive) == layout
+
+
+def test_the_beginning_of_a_member_is_read_without_the_rest(path: Path) -> None:
+    with ZipArchive(write(path, {"a.xml": b"0123456789"})) as archive:
+        assert archive.peek("a.xml", 4) == b"0123"
+        assert archive.peek("a.xml", 40) == b"0123456789"
+
+
+def test_a_damaged_beginning_is_noticed(path: Path) -> None:
+    data = bytearray(write(path, {"a.xml": b"0123456789" * 9}).read_bytes())
+    data[30 + len("a.xml")] ^= 0xFF
+    path.write_bytes(data)
+    with ZipArchive(path) as archive, pytest.raises(ArchiveError, match=r"a\.xml cannot be unpacked"):
+        archive.peek("a.xml", 50)
