@@ -1,0 +1,807 @@
+"""The only module that talks to a CVAT server, through cvat-sdk.
+
+Replies are read as JSON and checked here, field by field: shapes keep the very numbers that the server sent (their
+hash decides whether anything changed), long masks are not turned into thousands of model objects, and a wrong reply is
+one message. Reading is retried with growing pauses; writing is not, because a lost answer does not say whether
+the server has written: callers look before they write again.
+"""
+
+import contextlib
+import json
+import logging
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import urllib3
+from cvat_sdk.api_client.exceptions import ApiException
+from cvat_sdk.core.auth import AuthStore
+from cvat_sdk.core.client import AccessTokenCredentials, Client, PasswordCredentials
+from cvat_sdk.core.client import Config as ClientConfig
+from cvat_sdk.core.exceptions import AuthStoreError, CvatSdkException
+from cvat_sdk.core.progress import BaseProgressReporter
+
+from sscloud.errors import ConfigError, ServerError
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS: Final = 6
+"""How often a read is tried; with the pauses between, a server may be away for about a minute."""
+FIRST_PAUSE: Final = 1.0
+"""Seconds before the second try; every further pause is twice as long."""
+LONGEST_PAUSE: Final = 60.0
+"""Seconds; a server that asks for more by Retry-After gets that much."""
+TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
+TIMEOUT: Final = (10.0, 120.0)
+"""Seconds to connect, and between two bytes of an answer."""
+MAX_IMAGE_BYTES: Final = 512 << 20
+MAX_JSON_BYTES: Final = 1 << 30
+MAX_PAGES: Final = 10_000
+PAGE_SIZE: Final = 100
+_BLOCK: Final = 1 << 18
+_TESTED: Final = ((2, 73), (2, 81))
+"""Server versions, from and below, that this was written for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Where to log in, and as whom. Secrets are not part of its representation."""
+
+    url: str
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    organization: str | None = None
+    """Slug; None: whatever the server takes by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Project:
+    """A project."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task."""
+
+    id: int
+    name: str
+    project_id: int | None
+    size: int
+    """Frames."""
+    updated: str
+    """The server's time of the last change, as it writes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A part of a task's frames, given to one person."""
+
+    id: int
+    task_id: int
+    project_id: int | None
+    type: str
+    """annotation, ground_truth, consensus_replica."""
+    state: str
+    """new, in progress, completed, rejected."""
+    stage: str
+    """annotation, validation, acceptance."""
+    start: int
+    stop: int
+    """First and last frame."""
+    updated: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """An image of a task."""
+
+    number: int
+    """Place in the task, from 0; shapes refer to it."""
+    name: str
+    """As the server has it: any text, slashes included."""
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectLabel:
+    """A label of a project or task."""
+
+    id: int
+    name: str
+    color: str
+    """#rrggbb, or empty."""
+    type: str
+    """any, mask, polygon, …"""
+    attributes: Mapping[str, int]
+    """Attribute name → id."""
+    text_attributes: frozenset[str]
+    """Names of those that take any text."""
+    defaults: Mapping[int, str]
+    """Attribute id → value that CVAT gives to shapes that come without."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotations:
+    """What a job holds."""
+
+    shapes: tuple[dict[str, Any], ...]
+    """As listed by the server; `type`, `frame`, `label_id` and `points` are there."""
+    tracks: int
+    tags: int
+    intervals: int
+    tag_frames: frozenset[int]
+    """Frames that tags are on."""
+    track_start: int | None
+    """The frame where the first track begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Function:
+    """A serverless function as CVAT lists it."""
+
+    id: str
+    name: str
+    kind: str
+    version: int | None
+    labels: Mapping[str, frozenset[str]]
+    """Label name → names of its attributes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionRun:
+    """A background run of a function over a task or a job."""
+
+    id: str
+    status: Literal["queued", "started", "finished", "failed"]
+    progress: int
+    """Percent."""
+    enqueued: str
+    ended: str
+    """The server's times, as it writes them; empty before."""
+    error: str
+    """The server's last line about a failure, or its word for the status."""
+    function: str
+    task: int | None
+    job: int | None
+
+
+def find_account(environment: Mapping[str, str], *, profile: str | None = None) -> Account:
+    """Credentials from the environment, else from the profile store of cvat-sdk and cvat-cli.
+
+    Args:
+        environment: CVAT_URL with CVAT_ACCESS_TOKEN, or with CVAT_USERNAME and CVAT_PASSWORD; CVAT_ORGANIZATION.
+        profile: name of a stored profile to use instead.
+
+    Raises:
+        ConfigError: nothing complete was found, or the store cannot be read.
+    """
+    organization = environment.get("CVAT_ORGANIZATION") or None
+    url = environment.get("CVAT_URL")
+    if profile is None and url:
+        token, username, password = (environment.get(f"CVAT_{x}") for x in ("ACCESS_TOKEN", "USERNAME", "PASSWORD"))
+        if token:
+            return Account(url=url, token=token, organization=organization)
+        if username and password:
+            return Account(url=url, username=username, password=password, organization=organization)
+        raise ConfigError(
+            "CVAT_URL is set, but not who logs in there. Set CVAT_ACCESS_TOKEN, or CVAT_USERNAME and CVAT_PASSWORD."
+        )
+    try:
+        store = AuthStore()
+        if profile is None:
+            default = store.get_default_profile()
+            entry = default[1] if default else None
+        else:
+            entry = store.get_profile(profile)
+            if entry is None:
+                known = ", ".join(store.list_profiles()) or "none"
+                raise ConfigError(f"There is no CVAT profile {profile!r}; there are: {known}. See `cvat-cli profile`.")
+    except AuthStoreError as error:
+        raise ConfigError(f"The CVAT profile store cannot be used: {error}") from error
+    if entry is None:
+        raise ConfigError(
+            "No CVAT server is named. Set CVAT_URL (https://cvat.example.org) with CVAT_ACCESS_TOKEN, or with "
+            "CVAT_USERNAME and CVAT_PASSWORD; or store a profile with `cvat-cli profile`."
+        )
+    return Account(url=entry.server, token=entry.token, organization=organization)
+
+
+class Server:
+    """A CVAT server, logged in. Use as a context manager. Reading is safe from several threads at once.
+
+    Build it with `connect`.
+    """
+
+    def __init__(self, client: Client, *, version: str) -> None:
+        self._client = client
+        self._api = client.api_client
+        self._stopped = threading.Event()
+        self.version = version
+        self.url = client.api_map.host
+
+    @classmethod
+    def connect(cls, account: Account) -> "Server":
+        """Log in.
+
+        Raises:
+            ServerError: nobody answers, something else than CVAT answers, or the credentials are refused.
+            ConfigError: the address is no address.
+        """
+        try:
+            client = Client(account.url, config=ClientConfig(status_check_period=1), check_server_version=False)
+        except (CvatSdkException, ValueError) as error:
+            raise ConfigError(
+                f"CVAT_URL {account.url!r} is no address ({error}). Set http://HOST:PORT or https://HOST."
+            ) from error
+        client.organization_slug = account.organization
+        # `Retry-After` and 502 to 504 are waited for below, where dropped connections are, too.
+        client.api_client.rest_client.pool_manager.connection_pool_kw["retries"] = urllib3.Retry(
+            total=None, connect=0, read=0, status=0, other=0, redirect=3
+        )
+        server = cls(client, version="")
+        try:
+            about = _object(server._get(client.api_client.server_api.retrieve_about_endpoint, attempts=2), "about")
+            server.version = _text(about, "version")
+            if account.token:
+                client.login(AccessTokenCredentials(account.token))
+                server.user()
+            elif account.username and account.password:
+                client.login(PasswordCredentials(account.username, account.password))
+        except (ApiException, ServerError, AssertionError, urllib3.exceptions.HTTPError) as error:
+            client.api_client.close()
+            status = error.status if isinstance(error, ApiException | ServerError) else None
+            if status in (400, 401, 403) and server.version:
+                who = "The access token" if account.token else f"The password of {account.username!r}"
+                raise ServerError(f"{server.url}: {who} is not accepted (HTTP {status}).", status=status) from None
+            scheme = "" if "://" in account.url else " CVAT_URL names no http:// or https://, so https:// was tried."
+            reason = str(error) if isinstance(error, ServerError) else _reason(error)
+            raise ServerError(f"{server.url}: {reason}.{scheme}", status=status) from None
+        if not _TESTED[0] <= _version(server.version) < _TESTED[1]:
+            log.warning(
+                "%s is CVAT %s; this was made for %d.%d to %d.%d and may meet differences.",
+                server.url, server.version, *_TESTED[0], _TESTED[1][0], _TESTED[1][1] - 1,
+            )  # fmt: skip
+        return server
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Log out, if logged in by password, and close the connections."""
+        with contextlib.suppress(ApiException, urllib3.exceptions.HTTPError):
+            if not self._api.configuration.access_token:
+                self._client.logout()
+        self._api.rest_client.pool_manager.clear()
+        self._api.close()
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Within the block, reads that other threads wait for, or try again, fail soon."""
+        self._stopped.set()
+        try:
+            yield
+        finally:
+            self._stopped.clear()
+
+    def user(self) -> str:
+        """Name of the user."""
+        return _text(_object(self._get(self._api.users_api.retrieve_self_endpoint, attempts=2), "user"), "username")
+
+    # Reading
+
+    def project(self, project_id: int) -> Project:
+        """A project by its number.
+
+        Raises:
+            ServerError: there is none that this user can see.
+        """
+        with _naming(f"project {project_id}"):
+            return _project(_object(self._get(self._api.projects_api.retrieve_endpoint, id=project_id), "project"))
+
+    def projects(self) -> list[Project]:
+        """The projects that this user can see, by number."""
+        with _naming("the projects"):
+            found = [_project(row) for row in self._pages(self._api.projects_api.list_endpoint)]
+        return sorted(found, key=lambda project: project.id)
+
+    def task(self, task_id: int) -> Task:
+        """A task by its number.
+
+        Raises:
+            ServerError: there is none that this user can see.
+        """
+        with _naming(f"task {task_id}"):
+            return _task(_object(self._get(self._api.tasks_api.retrieve_endpoint, id=task_id), "task"))
+
+    def tasks(self, project_id: int) -> list[Task]:
+        """The tasks of a project, by number."""
+        with _naming(f"the tasks of project {project_id}"):
+            found = [_task(row) for row in self._pages(self._api.tasks_api.list_endpoint, project_id=project_id)]
+        return sorted(found, key=lambda task: task.id)
+
+    def jobs(self, task_id: int) -> list[Job]:
+        """The jobs of a task of every type, by number."""
+        with _naming(f"the jobs of task {task_id}"):
+            found = [_job(row) for row in self._pages(self._api.jobs_api.list_endpoint, task_id=task_id)]
+        return sorted((job for job in found if job.task_id == task_id), key=lambda job: job.id)
+
+    def frames(self, task_id: int) -> tuple[Frame, ...]:
+        """All images of a task, deleted ones included, by number.
+
+        Raises:
+            ServerError: a video or a point cloud.
+        """
+        with _naming(f"the images of task {task_id}"):
+            meta = _object(self._get(self._api.tasks_api.retrieve_data_meta_endpoint, id=task_id), "data meta")
+            rows, size = _list(meta, "frames"), _int(meta, "size")
+            if len(rows) != size:
+                raise ServerError(f"{size} frames, but {len(rows)} images are named; only tasks of images are read.")
+            return tuple(
+                Frame(number=number, name=_text(row, "name"), size_hw=(_int(row, "height"), _int(row, "width")))
+                for number, row in enumerate(rows)
+            )
+
+    def job(self, job_id: int) -> Job:
+        """A job by its number.
+
+        Raises:
+            ServerError: there is none that this user can see.
+        """
+        with _naming(f"job {job_id}"):
+            return _job(_object(self._get(self._api.jobs_api.retrieve_endpoint, id=job_id), "job"))
+
+    def job_frames(self, job: Job) -> frozenset[int]:
+        """Numbers of a job's frames that are not deleted.
+
+        Ground-truth jobs hold chosen frames of a task, other jobs a run of them.
+        """
+        with _naming(f"the frames of job {job.id}"):
+            meta = _object(self._get(self._api.jobs_api.retrieve_data_meta_endpoint, id=job.id), "data meta")
+            numbers = frozenset(range(job.start, job.stop + 1)) - _numbers(meta, "deleted_frames")
+            return numbers if meta.get("included_frames") is None else numbers & _numbers(meta, "included_frames")
+
+    def image(self, task_id: int, number: int, *, on_bytes: Callable[[int], None] | None = None) -> bytes:
+        """The file of a frame as it was uploaded.
+
+        Args:
+            task_id: the task.
+            number: of the frame.
+            on_bytes: told how many bytes have come, block by block; a negative count takes back a failed try.
+        """
+        with _naming(f"frame {number} of task {task_id}"):
+            return self._get(
+                self._api.tasks_api.retrieve_data_endpoint,
+                max_bytes=MAX_IMAGE_BYTES,
+                on_bytes=on_bytes,
+                id=task_id,
+                type="frame",
+                quality="original",
+                number=number,
+            )
+
+    def annotations(self, job_id: int) -> Annotations:
+        """The shapes of a job, in the order in which CVAT draws those of equal z_order."""
+        with _naming(f"the annotations of job {job_id}"):
+            data = _object(self._get(self._api.jobs_api.retrieve_annotations_endpoint, id=job_id), "annotations")
+            shapes = _list(data, "shapes")
+            for shape in shapes:
+                _text(shape, "type"), _int(shape, "frame"), _int(shape, "label_id"), _list(shape, "points", of=None)
+            others = (_list({"of": data.get(kind) or []}, "of") for kind in ("tracks", "tags", "intervals"))
+            tracks, tags, intervals = others
+            return Annotations(
+                shapes=tuple(shapes),
+                tracks=len(tracks),
+                tags=len(tags),
+                intervals=len(intervals),
+                tag_frames=frozenset(_int(tag, "frame") for tag in tags),
+                track_start=min((_int(track, "frame") for track in tracks), default=None),
+            )
+
+    def labels(self, *, project_id: int | None = None, task_id: int | None = None) -> list[ProjectLabel]:
+        """The labels of a project or a task, in the server's order; parts of skeletons are left out."""
+        which = {"project_id": project_id} if project_id is not None else {"task_id": task_id}
+        with _naming("the labels"):
+            rows = list(self._pages(self._api.labels_api.list_endpoint, **which))
+            return [_label(row) for row in rows if row.get("parent_id") is None]
+
+    # Writing
+
+    def create_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> None:
+        """Add shapes, as CVAT's LabeledShapeRequest has them, to a job.
+
+        Raises:
+            ServerError: refused; or no answer came, and the shapes may or may not be there.
+        """
+        self._patch_annotations(job_id, "create", [dict(shape) for shape in shapes])
+
+    def delete_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> None:
+        """Delete shapes from a job, as `annotations` gave them; numbers that are gone already do not matter."""
+        self._patch_annotations(job_id, "delete", [dict(shape) for shape in shapes])
+
+    def _patch_annotations(self, job_id: int, action: str, shapes: list[dict[str, Any]]) -> None:
+        with _naming(f"the annotations of job {job_id}"):
+            # As plain JSON: building and checking a model object takes seconds for a mask with many runs.
+            self._send_json("PATCH", f"/api/jobs/{job_id}/annotations/", {"action": action}, {"shapes": shapes})
+
+    def patch_labels(self, project_id: int, labels: Sequence[Mapping[str, Any]]) -> None:
+        """Add labels (without `id`) to a project and change others (with `id`); the rest stays as it is."""
+        with _naming(f"the labels of project {project_id}"):
+            self._send_json("PATCH", f"/api/projects/{project_id}", {}, {"labels": [dict(label) for label in labels]})
+
+    # Serverless functions
+
+    def functions(self) -> list[Function]:
+        """The functions that CVAT lists.
+
+        Raises:
+            ServerError: CVAT cannot list them (one function with broken metadata is enough), or has no Nuclio.
+        """
+        with _naming("the list of functions"):
+            rows = _rows(_json(self._get(self._api.lambda_api.list_functions_endpoint, attempts=2)), "functions")
+            return [_function(row) for row in rows]
+
+    def start_function(
+        self, function: str, *, task: int, job: int, threshold: float | None, mapping: Mapping[str, Any]
+    ) -> FunctionRun:
+        """Press "Automatic annotation" for a job. What is in the job stays there.
+
+        Args:
+            function: its id.
+            task: number of the job's task.
+            job: the job's number.
+            threshold: least confidence, 0 to 1.
+            mapping: function label → `{"name": task label, "attributes": {function attribute: task attribute}}`.
+
+        Raises:
+            ServerError: refused; status 409 when a run for this task is under way.
+        """
+        # CVAT's cleanup empties the job when the run begins, hours after the question what is in there, perhaps.
+        body: dict[str, Any] = {"function": function, "task": task, "job": job, "mapping": dict(mapping)}
+        body["cleanup"] = False
+        if threshold is not None:
+            body["threshold"] = threshold
+        with _naming(f"automatic annotation of job {job}"):
+            return _function_run(_object(self._send_json("POST", "/api/lambda/requests", {}, body), "request"))
+
+    def function_run(self, run_id: str) -> FunctionRun | None:
+        """How a run is going; None when the server has forgotten it."""
+        with _naming(f"automatic annotation {run_id}"):
+            try:
+                data = self._get(self._api.lambda_api.retrieve_requests_endpoint, id=run_id)
+            except ServerError as error:
+                if error.status == 404:
+                    return None
+                raise
+            return _function_run(_object(data, "request"))
+
+    def function_runs(self) -> list[FunctionRun]:
+        """The runs that the server knows of."""
+        with _naming("the runs of functions"):
+            rows = _rows(_json(self._get(self._api.lambda_api.list_requests_endpoint)), "requests")
+            return [_function_run(row) for row in rows]
+
+    # Exports
+
+    def export(
+        self, path: Path, *, format_name: str, project_id: int | None = None, task_id: int | None = None,
+        on_bytes: Callable[[int, int | None], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Have the server write an archive with images, and download it.
+
+        Args:
+            path: file to write.
+            format_name: as CVAT names it, with its version: `CVAT for images 1.1`.
+            project_id: the project, or
+            task_id: the task.
+            on_bytes: told how many bytes have come, and how many there are.
+
+        Raises:
+            ServerError: refused, unknown format, or the export failed on the server.
+        """
+        source = self._client.projects if project_id is not None else self._client.tasks
+        number = project_id if project_id is not None else task_id
+        with _naming(f"the export {format_name!r} of {'project' if project_id is not None else 'task'} {number}"):
+            try:
+                entity: Any = source.retrieve(number)
+                entity.export_dataset(
+                    format_name, path, include_images=True, status_check_period=1, pbar=_Reporter(on_bytes)
+                )
+            except (ApiException, CvatSdkException, AssertionError, urllib3.exceptions.HTTPError) as error:
+                status = error.status if isinstance(error, ApiException) else None
+                raise ServerError(_reason(error), status=status) from None
+
+    # HTTP
+
+    def _get(
+        self,
+        endpoint: Any,
+        *,
+        attempts: int = ATTEMPTS,
+        max_bytes: int = MAX_JSON_BYTES,
+        on_bytes: Callable[[int], None] | None = None,
+        **parameters: Any,
+    ) -> bytes:
+        for attempt in range(attempts):
+            came = 0
+            if self._stopped.is_set():
+                raise ServerError("stopped")
+            try:
+                _, response = endpoint.call_with_http_info(
+                    **parameters, _parse_response=False, _check_status=False, _request_timeout=TIMEOUT
+                )
+                with contextlib.closing(response):
+                    body = bytearray()
+                    for block in _blocks(response, max_bytes):
+                        if self._stopped.is_set():
+                            raise ServerError("stopped")
+                        body += block
+                        if response.status == 200 and on_bytes:
+                            came += len(block)
+                            on_bytes(len(block))
+                if response.status == 200:
+                    return bytes(body)
+                error = _refused(response.status, bytes(body))
+                pause = _retry_after(response.headers.get("Retry-After"))
+            except (urllib3.exceptions.HTTPError, OSError) as problem:
+                error, pause = ServerError(f"no answer ({_reason(problem)})"), None
+            except ApiException as problem:  # TLS
+                raise ServerError(_reason(problem)) from None
+            if came and on_bytes:
+                on_bytes(-came)
+            if (error.status is not None and error.status not in TRANSIENT) or attempt == attempts - 1:
+                raise error
+            pause = pause if pause is not None else FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311
+            log.info("%s: %s; trying again in %.1f s", self.url, error, pause)
+            self._stopped.wait(min(pause, LONGEST_PAUSE))
+        raise AssertionError("unreachable")
+
+    def _pages(self, endpoint: Any, **parameters: Any) -> Iterator[dict[str, Any]]:
+        for page in range(1, MAX_PAGES + 1):
+            data = _object(self._get(endpoint, **parameters, page=page, page_size=PAGE_SIZE), "page")
+            yield from _list(data, "results")
+            if not data.get("next"):
+                return
+        raise ServerError(f"a list has more than {MAX_PAGES} pages.")
+
+    def _send_json(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any]) -> bytes:
+        headers = self._api.get_common_headers()
+        self._api.update_params_for_auth(headers=headers, queries=[], method=method)
+        try:
+            response = self._api.rest_client.request(
+                method,
+                self.url + path,
+                query_params=list(query.items()),
+                headers=headers,
+                body=dict(body),
+                _request_timeout=TIMEOUT,
+                _check_status=False,
+            )
+        except (urllib3.exceptions.HTTPError, OSError, ApiException) as error:
+            raise ServerError(f"no answer ({_reason(error)})") from None
+        if not 200 <= response.status <= 299:
+            raise _refused(response.status, response.data)
+        data: bytes = response.data
+        return data
+
+
+class _Reporter(BaseProgressReporter):  # type: ignore[misc]  # cvat-sdk carries no types
+    """The SDK's progress as a call."""
+
+    def __init__(self, on_bytes: Callable[[int, int | None], None] | None) -> None:
+        super().__init__()
+        self._on_bytes = on_bytes
+        self._total: int | None = None
+
+    def start2(self, total: int, **kwargs: Any) -> None:
+        super().start2(total, **kwargs)
+        self._total = total or None
+
+    def report_status(self, progress: int) -> None:
+        super().report_status(progress)
+
+    def advance(self, delta: int) -> None:
+        super().advance(delta)
+        if self._on_bytes:
+            self._on_bytes(delta, self._total)
+
+
+def _blocks(response: Any, max_bytes: int) -> Iterator[bytes]:
+    total = 0
+    while block := response.read(_BLOCK):
+        total += len(block)
+        if total > max_bytes:
+            raise ServerError(f"the answer is longer than {max_bytes} bytes.", status=response.status)
+        yield block
+
+
+def _refused(status: int, body: bytes) -> ServerError:
+    """An error with what the server says about it; never headers, which hold cookies."""
+    detail: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        detail = json.loads(body)
+    if isinstance(detail, dict):
+        detail = detail.get("detail") or detail.get("message") or detail.get("non_field_errors") or detail
+    text = re.sub(r"\s+", " ", str(detail)).strip()[:300] if detail else ""
+    meaning = {
+        401: "not logged in, or the access token is not valid any more",
+        403: "this user may not do that (is it in the right organisation? CVAT_ORGANIZATION)",
+        404: "there is none that this user can see (another number, or another organisation: CVAT_ORGANIZATION)",
+        409: "something is under way there already",
+        413: "too large for the server",
+        429: "the server asks for a pause",
+    }.get(status, "the server failed" if status >= 500 else "refused")
+    return ServerError(f"{meaning} (HTTP {status}{': ' + text if text else ''})", status=status)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header; a date there means no more than the usual pause."""
+    return float(value) if value and re.fullmatch(r"\d{1,6}", value) else None
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in a line, without headers and without the address of an object."""
+    if isinstance(error, ApiException):
+        body = error.body if isinstance(error.body, bytes) else b""
+        return str(_refused(error.status, body)) if error.status else str(error.reason).replace("\n", ": ")
+    if isinstance(error, urllib3.exceptions.MaxRetryError) and error.reason is not None:
+        error = error.reason
+    text = re.sub(r"<[^>]*>|\(host=[^)]*\)", "", str(error)).strip(" :,")
+    return re.sub(r"\s+", " ", text)[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say what was being read or written when the server failed."""
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(f"CVAT, {what}: {error}", status=error.status) from error.__cause__
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ServerError(
+            f"the answer is not JSON ({data[:40]!r}…). Is CVAT_URL the address of CVAT itself, without a path?"
+        ) from error
+
+
+def _object(data: bytes, what: str) -> dict[str, Any]:
+    found = _json(data)
+    if not isinstance(found, dict):
+        raise ServerError(f"the answer is no {what}, but {str(found)[:80]!r}.")
+    return found
+
+
+def _rows(found: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise ServerError(f"the answer is no list of {what}, but {str(found)[:80]!r}.")
+    return found
+
+
+def _list(row: Mapping[str, Any], key: str, of: type | None = dict) -> list[Any]:
+    value = row.get(key)
+    if not isinstance(value, list) or (of is not None and not all(isinstance(entry, of) for entry in value)):
+        raise ServerError(f"the answer has no usable list {key!r}, but {str(value)[:80]!r}.")
+    return value
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ServerError(f"the answer has no text {key!r}, but {str(value)[:80]!r}.")
+    return value
+
+
+def _int(row: Mapping[str, Any], key: str) -> int:
+    value = row.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ServerError(f"the answer has no whole number {key!r}, but {str(value)[:80]!r}.")
+    return value
+
+
+def _optional_int(row: Mapping[str, Any], key: str) -> int | None:
+    return None if row.get(key) is None else _int(row, key)
+
+
+def _numbers(row: Mapping[str, Any], key: str) -> frozenset[int]:
+    values = _list(row, key, of=int)
+    return frozenset(values)
+
+
+def _project(row: Mapping[str, Any]) -> Project:
+    return Project(id=_int(row, "id"), name=_text(row, "name"))
+
+
+def _task(row: Mapping[str, Any]) -> Task:
+    return Task(
+        id=_int(row, "id"),
+        name=_text(row, "name"),
+        project_id=_optional_int(row, "project_id"),
+        size=_optional_int(row, "size") or 0,
+        updated=_text(row, "updated_date"),
+    )
+
+
+def _job(row: Mapping[str, Any]) -> Job:
+    return Job(
+        id=_int(row, "id"),
+        task_id=_int(row, "task_id"),
+        project_id=_optional_int(row, "project_id"),
+        type=_text(row, "type"),
+        state=_text(row, "state"),
+        stage=_text(row, "stage"),
+        start=_int(row, "start_frame"),
+        stop=_int(row, "stop_frame"),
+        updated=_text(row, "updated_date"),
+    )
+
+
+def _label(row: Mapping[str, Any]) -> ProjectLabel:
+    attributes = _list({"of": row.get("attributes") or []}, "of")
+    return ProjectLabel(
+        id=_int(row, "id"),
+        name=_text(row, "name"),
+        color=row["color"] if isinstance(row.get("color"), str) else "",
+        type=row["type"] if isinstance(row.get("type"), str) else "any",
+        attributes={_text(attribute, "name"): _int(attribute, "id") for attribute in attributes},
+        text_attributes=frozenset(_text(a, "name") for a in attributes if a.get("input_type") == "text"),
+        defaults={_int(a, "id"): str(a.get("default_value") or "") for a in attributes},
+    )
+
+
+def _function(row: Mapping[str, Any]) -> Function:
+    labels = {}
+    for label in row.get("labels_v2") or []:
+        if isinstance(label, dict):
+            attributes = [a for a in label.get("attributes") or [] if isinstance(a, dict)]
+            labels[_text(label, "name")] = frozenset(_text(attribute, "name") for attribute in attributes)
+    version = row.get("version")
+    return Function(
+        id=_text(row, "id"),
+        name=_text(row, "name"),
+        kind=row["kind"] if isinstance(row.get("kind"), str) else "",
+        version=version if isinstance(version, int) else None,
+        labels=labels,
+    )
+
+
+def _function_run(row: Mapping[str, Any]) -> FunctionRun:
+    # Others mean that it waits (deferred, scheduled), or that somebody has stopped it.
+    status = {"started": "started", "finished": "finished"}
+    status |= dict.fromkeys(("failed", "stopped", "canceled"), "failed")
+    found = str(row.get("status"))
+    what = row.get("function")
+    what = what if isinstance(what, dict) else {}
+    lines = [line for line in str(row.get("exc_info") or "").strip().splitlines() if line.strip()]
+    return FunctionRun(
+        id=_text(row, "id"),
+        status=status.get(found, "queued"),  # type: ignore[arg-type]
+        progress=row["progress"] if isinstance(row.get("progress"), int) else 0,
+        enqueued=str(row.get("enqueued") or ""),
+        ended=str(row.get("ended") or ""),
+        error=lines[-1].strip()[:300] if lines else found,
+        function=str(what.get("id", "")),
+        task=_optional_int(what, "task"),
+        job=_optional_int(what, "job"),
+    )
+
+
+def _version(text: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
