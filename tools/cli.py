@@ -12,9 +12,10 @@ from typing import NoReturn, Protocol
 from sscloud import __version__
 
 GROUPS = {
-    "The way of the data": ("sample", "convert", "train", "evaluate", "package", "serve"),
+    "Data": ("sample", "fetch", "convert"),
+    "Models": ("train", "evaluate", "export", "import-checkpoint"),
     "Pictures and masks": ("predict", "visualize"),
-    "Models": ("export", "import-checkpoint"),
+    "CVAT and Nuclio": ("package", "deploy", "serve", "labels", "prelabel", "doctor"),
     "All at once": ("demo",),
 }
 
@@ -126,13 +127,15 @@ _EXTRA_OF = {
     "mlflow": "train",
     "sqlalchemy": "train",
     "torchmetrics": "train",
-    "tqdm": "report",
+    "filelock": "archives",
+    "tqdm": "archives",
     "fastapi": "serve",
     "uvicorn": "serve",
     "jinja2": "report",
     "embreex": "sample",
     "pycocotools": "archives",
     "defusedxml": "archives",
+    "cvat_sdk": "cvat",
 }
 
 
