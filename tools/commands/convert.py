@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.rule_arguments import add_labels_argument, add_rule_arguments, schema_for
 from tools.split_arguments import add_split_arguments, plan_from, split_lines
 
 if TYPE_CHECKING:
@@ -51,25 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DATASET", help="dataset folder, new or already in use"
     )
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="label schema (YAML); without it DATASET/labels.yaml if there is one, else the schema that is shipped",
-    )
-    parser.add_argument(
-        "--unknown",
-        choices=("error", "void", "background"),
-        default="error",
-        help="shapes whose label name the schema lacks: stop with a list (error, the default), paint them as void "
-        "(255), or as background",
-    )
-    parser.add_argument(
-        "--empty",
-        choices=("skip", "void", "background"),
-        default="skip",
-        help="frames without a shape: leave them out (skip, the default), or take them as all void or all background",
-    )
+    add_labels_argument(parser)
+    add_rule_arguments(parser)
     parser.add_argument(
         "--skip-broken", action="store_true", help="convert the other images when some of the archive cannot be read"
     )
@@ -79,11 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert the archive and print a summary."""
-    from sscloud.labels import LabelSchema
-
-    own = args.output / "labels.yaml"
-    path = args.labels or (own if own.is_file() else None)
-    schema = LabelSchema.default() if path is None else LabelSchema.from_yaml(path)
+    schema = schema_for(args.labels, args.output)
     return convert_and_print(args.archive, args, schema, skip_broken=args.skip_broken, overwrite=args.overwrite)
 
 

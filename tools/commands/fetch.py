@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.rule_arguments import add_labels_argument, add_rule_arguments, schema_for
 from tools.server_arguments import CREDENTIALS, add_server_arguments, open_server
 from tools.split_arguments import add_split_arguments, plan_from, split_lines
 
@@ -73,32 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="DATASET", help="dataset folder, new or not"
     )
     labels = parser.add_mutually_exclusive_group()
-    labels.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="label schema (YAML); without it DATASET/labels.yaml if there is one, else the schema that is shipped",
-    )
+    add_labels_argument(labels)
     labels.add_argument(
         "--labels-from-project",
         action="store_true",
         help="write DATASET/labels.yaml from the project's names and colours; ids are those of the shipped schema "
         "where it has the name, else the next free ones",
     )
-    parser.add_argument(
-        "--unknown",
-        choices=("error", "void", "background"),
-        default="error",
-        help="shapes whose label the schema lacks: stop with a list (error, the default), paint them as void (255), or "
-        "as background",
-    )
-    parser.add_argument(
-        "--empty",
-        choices=("skip", "void", "background"),
-        default="skip",
-        help="frames without a shape in a job that counts: leave them out (skip, the default), or take them as all "
-        "void or all background",
-    )
+    add_rule_arguments(parser)
     add_split_arguments(parser)
     parser.add_argument(
         "--parallel", type=_parallel, default=4, metavar="N", help="frames in flight at a time, 1 to 16 (default: 4)"
@@ -140,8 +123,7 @@ def _schema(args: argparse.Namespace, server: "Server") -> "LabelSchema":
             for label in (server.labels(project_id=number) if number is not None else [])
         ]
         return schema_of(labels or server.labels(task_id=args.task[0]), like=LabelSchema.default())
-    path = args.labels or (own if own.is_file() else None)
-    return LabelSchema.default() if path is None else LabelSchema.from_yaml(path)
+    return schema_for(args.labels, args.output)
 
 
 def _fetch(args: argparse.Namespace, server: "Server", schema: "LabelSchema") -> int:
