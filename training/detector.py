@@ -1,0 +1,161 @@
+"""A bundle as a detection function of `cvat_sdk.auto_annotation`; the pixels never leave this machine.
+
+`sscloud prelabel --via local` uses it, and cvat-cli takes this file as it is:
+
+    cvat-cli task auto-annotate 12 --function-file training/detector.py -p bundle=str:bundles/street-v3 \
+        --allow-unmatched-labels
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import cvat_sdk.auto_annotation as cvataa
+import numpy as np
+from cvat_sdk import models
+from cvat_sdk.masks import encode_mask
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sscloud.bundle import ModelBundle
+from sscloud.image import decode_image
+from sscloud.inference import Predictor
+from sscloud.shapes import ATTRIBUTES, Region, find_regions, outline
+
+MAX_REGIONS = 1000
+"""Most regions of one image, the largest first; as in the served function."""
+
+
+class Detector:
+    """A bundle's network as cvat-sdk calls it: `spec` and `detect`. Takes one image at a time.
+
+    Args:
+        bundle: a loaded bundle.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        min_area: smallest region, pixels; None for one pixel of the model's scale.
+        max_regions: most regions of one image, the largest first.
+
+    Raises:
+        BundleError: the weights do not fit.
+        ConfigError: the device does not exist here.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        *,
+        device: str = "auto",
+        min_area: int | None = None,
+        max_regions: int = MAX_REGIONS,
+    ) -> None:
+        self.manifest = bundle.manifest
+        self.labels = tuple(label for label in bundle.manifest.labels.classes if not label.background)
+        """What regions are made of; background and void are not sent."""
+        self._min_area = max(1, round(self.manifest.scale**-2)) if min_area is None else min_area
+        self._max_regions = max_regions
+        self._background_ids = frozenset(range(256)) - {label.id for label in self.labels}
+        self._predictor = Predictor(bundle, device=device)
+
+    @property
+    def spec(self) -> Any:
+        """The `DetectionFunctionSpec`: masks of every label, with the model and its confidence as text attributes."""
+        return cvataa.DetectionFunctionSpec(
+            labels=[
+                cvataa.label_spec(
+                    label.name,
+                    label.id,
+                    type="mask",
+                    attributes=[cvataa.text_attribute_spec(name, number) for number, name in enumerate(ATTRIBUTES)],
+                )
+                for label in self.labels
+            ]
+        )
+
+    def detect(self, context: Any, image: Image.Image) -> list[models.LabeledShapeRequest]:
+        """Shapes of one image; `context` is a `DetectionFunctionContext`.
+
+        Raises:
+            ImageError: the image is too large, or too small for the model.
+        """
+        shapes = []
+        for region in self.regions(to_pixels(image), threshold=context.conf_threshold or 0.0):
+            kind = "polygon" if context.conv_mask_to_poly else "mask"
+            shapes.append(
+                # Unchecked: the check looks at every single number of a mask, for seconds.
+                models.LabeledShapeRequest(
+                    type=models.ShapeType(kind),
+                    label_id=region.label_id,
+                    frame=0,
+                    points=region_points(region, kind=kind),
+                    attributes=[
+                        models.AttributeValRequest(spec_id=ATTRIBUTES.index(name), value=value)
+                        for name, value in self.attributes(region).items()
+                    ],
+                    _check_type=False,
+                )
+            )
+        return shapes
+
+    def regions(self, image: NDArray[np.uint8], *, threshold: float) -> list[Region]:
+        """Regions of a (H, W, 3) uint8 RGB image, the largest first, as the served function sends them.
+
+        Args:
+            image: the image.
+            threshold: pixels with a probability below it (0 to 1) belong to no region.
+
+        Raises:
+            ImageError: the image is too small for the model.
+        """
+        segmentation = self._predictor.predict(image)
+        return find_regions(
+            segmentation.label_map,
+            segmentation.confidence,
+            background_ids=self._background_ids,
+            threshold=threshold,
+            min_area=self._min_area,
+            max_regions=self._max_regions,
+        ).regions
+
+    def attributes(self, region: Region) -> dict[str, str]:
+        """Attribute name → value: which model drew the region, and how sure it was."""
+        return dict(zip(ATTRIBUTES, (self.manifest.title, f"{region.confidence:.2f}"), strict=True))
+
+
+def create(bundle: str, device: str = "auto", min_area: int | None = None, max_regions: int = MAX_REGIONS) -> Detector:
+    """What cvat-cli calls, with the values of its `-p NAME=TYPE:VALUE`; see `Detector`.
+
+    Raises:
+        BundleError: the bundle is missing, damaged, or does not fit.
+        ConfigError: the device does not exist here.
+    """
+    return Detector(ModelBundle.load(Path(bundle)), device=device, min_area=min_area, max_regions=max_regions)
+
+
+def region_points(region: Region, *, kind: str) -> list[float]:
+    """A region as the `points` of a CVAT shape.
+
+    Args:
+        region: what was found.
+        kind: `mask` for run lengths and inclusive box, `polygon` for an outline on pixel edges.
+    """
+    left, top, right, bottom = region.box_xyxy
+    if kind == "polygon":
+        return [float(value) for value in outline(region.mask, offset_xy=(left, top))]
+    # Of the crop: a panorama has hundreds of regions, and each would be a map of the whole image.
+    height, width = region.mask.shape
+    runs = encode_mask(region.mask, [0, 0, width, height])[:-4]
+    return [*(float(run) for run in runs), float(left), float(top), float(right - 1), float(bottom - 1)]
+
+
+def to_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """An opened picture → (H, W, 3) uint8 RGB by the rules of `sscloud.image.decode_image`.
+
+    Raises:
+        ImageError: more pixels than are read.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "RGB":
+        return np.array(upright)
+    stream = io.BytesIO()
+    upright.save(stream, "TIFF")  # keeps every mode, and costs no compression
+    return decode_image(stream.getvalue())

@@ -1,0 +1,431 @@
+"""CVAT's own automatic annotation, pressed for many jobs: one request a job, watched, tried again, written down.
+
+CVAT runs a function over a whole job, so jobs in which a person has worked are left alone as a whole. Its `cleanup` is
+never used: it would empty the job when the run begins, whatever has been drawn since. Pre-labels that are to be
+replaced are deleted by number instead, in the moment after they were compared with what was drawn.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Final
+
+from tqdm import tqdm
+
+from sscloud.errors import ConfigError, SchemaError, ServerError
+from sscloud.labels import LabelSchema
+from sscloud.shapes import ATTRIBUTES
+from training.annotations import is_auto
+from training.cvat import TRANSIENT, Annotations, Function, FunctionRun, ProjectLabel, Server
+from training.prelabel import (
+    ATTEMPTS,
+    GONE,
+    PAUSE,
+    JobWork,
+    Report,
+    Selection,
+    UnfitError,
+    is_occupied,
+    refuse_strangers,
+    select,
+    shapes_by_frame,
+)
+from training.prelabel_store import Drawn, FrameRecord, JobRecord, PrelabelStore, ServerRun, identity, judge
+from training.project_labels import match_labels
+
+FIRST_POLL: Final = 0.2
+"""Seconds until the server is asked how a run is going; every further pause is half as long again."""
+LONGEST_POLL: Final = 5.0
+
+
+def prelabel_by_server(
+    server: Server,
+    store: PrelabelStore,
+    *,
+    selection: Selection,
+    schema: LabelSchema,
+    report: Report,
+    function: str | None = None,
+    threshold: float = 0.0,
+    replace_auto: bool = False,
+    retries: int = 2,
+    quiet: bool = False,
+) -> None:
+    """Have CVAT run a function over every untouched job of a selection.
+
+    Args:
+        server: logged in.
+        store: entered; remembers what was drawn.
+        selection: which jobs.
+        schema: says which labels mean the same.
+        report: filled while the run goes on, so that it is right whatever ends the run.
+        function: its id in CVAT; None: the only one whose labels meet those of the tasks.
+        threshold: least confidence, 0 to 1.
+        replace_auto: put this function's shapes in place of another model's, where nobody has touched those.
+        retries: how often a job is tried again after a run over it has failed.
+        quiet: no progress bars.
+
+    Raises:
+        ConfigError: no such function, or several that would do; or the store is damaged.
+        SchemaError: no label of the function is in any of the tasks.
+        ServerError: the server cannot be reached any more, or something that was asked for does not exist.
+    """
+    work = select(server, selection, report, quiet=quiet)
+    if not work:
+        return
+    chosen = choose_function(server.functions(), work, schema=schema, name=function)
+    report.model = chosen.name
+    met = {item.job.id: match_labels(list(chosen.labels), item.labels, schema=schema) for item in work}
+    work = refuse_strangers(work, met, list(chosen.labels), report)
+    with tqdm(total=sum(len(item.frames) for item in work), desc="Frames", unit="frame", disable=quiet or None) as bar:
+        for item in work:
+            watch = _Watch(server, store, chosen, item, met[item.job.id], report, threshold=threshold, bar=bar)
+            try:
+                watch.annotate(replace_auto=replace_auto, retries=retries)
+            except (ServerError, UnfitError) as error:
+                if isinstance(error, ServerError) and error.status in GONE:
+                    raise
+                report.failed.append(str(error))
+            watch.show(len(item.frames))
+
+
+def choose_function(
+    functions: Sequence[Function], work: Sequence[JobWork], *, schema: LabelSchema, name: str | None
+) -> Function:
+    """The function to run.
+
+    Args:
+        functions: as CVAT lists them.
+        work: jobs whose labels it has to meet.
+        schema: says which labels mean the same.
+        name: id that was asked for, or None.
+
+    Raises:
+        ConfigError: there is none of that name, or there are several that fit.
+        SchemaError: none fits.
+    """
+    detectors = {function.id: function for function in functions if function.kind == "detector"}
+    listed = ", ".join(f"{function.id} ({function.name})" for function in detectors.values()) or "none"
+    if name is not None:
+        if name not in detectors:
+            raise ConfigError(
+                f"CVAT lists no detector {name!r}; it lists: {listed}. Deploy it with `sscloud deploy`, or see what is "
+                "wrong with `sscloud doctor`."
+            )
+        return detectors[name]
+    fitting = [
+        function
+        for function in detectors.values()
+        if any(match_labels(list(function.labels), item.labels, schema=schema) for item in work)
+    ]
+    if len(fitting) > 1:
+        raise ConfigError(
+            f"Several functions have labels of these tasks: {', '.join(function.id for function in fitting)}. Choose "
+            "one with --function."
+        )
+    if not fitting:
+        raise SchemaError(
+            f"No detector that CVAT lists ({listed}) has a label of task {work[0].task.id} "
+            f"({', '.join(label.name for label in work[0].labels) or 'it has none'}): nothing would be drawn. Create "
+            "the labels with `sscloud labels push`, or deploy a function that has them."
+        )
+    return fitting[0]
+
+
+def make_mapping(function: Function, met: Mapping[str, ProjectLabel]) -> dict[str, Any]:
+    """What CVAT needs to know to turn the function's labels and attributes into the task's."""
+    return {
+        name: {
+            "name": label.name,
+            "attributes": {
+                attribute: attribute
+                for attribute in ATTRIBUTES
+                if attribute in function.labels[name] and attribute in label.text_attributes
+            },
+        }
+        for name, label in met.items()
+    }
+
+
+class _Watch:
+    """One job while the server draws in it."""
+
+    def __init__(
+        self,
+        server: Server,
+        store: PrelabelStore,
+        function: Function,
+        work: JobWork,
+        met: Mapping[str, ProjectLabel],
+        report: Report,
+        *,
+        threshold: float,
+        bar: "tqdm[Any]",
+    ) -> None:
+        self._server, self._store, self._function = server, store, function
+        self._work, self._met, self._report = work, met, report
+        self._threshold, self._bar = threshold, bar
+        self._job = work.job.id
+        self._record = store.load(self._job)
+        self._shown = 0
+
+    def annotate(self, *, replace_auto: bool, retries: int) -> None:
+        """Press the button for the job unless people have worked in it, and see it through.
+
+        Raises:
+            UnfitError: every try failed, or something else works on the task.
+            ServerError: the server refuses, or is gone.
+        """
+        if self._record.run is not None:
+            self._resume()
+        if not self._is_wanted(replace_auto=replace_auto):
+            return
+        for attempt in range(1 + retries):
+            run = self._start()
+            run = self._wait(run)
+            if run.status == "finished":
+                self._collect(run)
+                return
+            problem = f"job {self._job}: {self._function.id} failed: {run.error or 'the server does not say why'}"
+            self._clear_up(run, problem)
+            if attempt < retries:
+                self._report.notes.append(f"{problem} Tried again.")
+        raise UnfitError(f"{problem} Its log says more (`nuctl get logs`, `docker logs`).")
+
+    def show(self, frames: int) -> None:
+        """Move the progress bar to so many frames of this job."""
+        if frames > self._shown:
+            self._bar.update(frames - self._shown)
+            self._shown = frames
+
+    def _is_wanted(self, *, replace_auto: bool) -> bool:
+        """Whether the job may and should be run over; the report gets what it holds if not."""
+        verdicts = self._verdicts(self._server.annotations(self._job))
+        people = [frame for frame, verdict in verdicts.items() if verdict == "people"]
+        ours = {frame: self._record.of(frame).drawn.model for frame, verdict in verdicts.items() if verdict == "ours"}
+        same = sum(model == self._function.name for model in ours.values())
+        reason = None
+        if people:
+            reason = "people's work in it (`--via local` goes frame by frame)"
+        elif ours and same == len(verdicts):
+            reason = "pre-labelled by this model already"
+        elif ours and not replace_auto:
+            reason = "pre-labels in some frames (replace them with --replace-auto, or fill up with `--via local`)"
+        if reason is None:
+            return True
+        self._report.jobs_left_out[reason] += 1
+        self._report.people += len(people)
+        self._report.already += same
+        self._report.other_model += len(ours) - same
+        return False
+
+    def _verdicts(self, annotations: Annotations) -> dict[int, str]:
+        """Frame → whose its shapes are. A frame that is not the job's, or deleted, counts when it has shapes."""
+        shapes = shapes_by_frame(annotations)
+        return {
+            frame: "people"
+            if is_occupied(annotations, frame)
+            else judge(self._record.of(frame).drawn, (identity(shape) for shape in shapes.get(frame, ())))
+            for frame in sorted({*self._work.frames, *shapes})
+        }
+
+    def _start(self) -> FunctionRun:
+        """Empty the job of replaced pre-labels and ask for the run.
+
+        Raises:
+            UnfitError: another run works on the task.
+            ServerError: refused, or no answer.
+        """
+        runs = self._server.function_runs()
+        self._refuse_others(runs)
+        before = max((run.enqueued for run in runs if self._is_mine(run)), default="")
+        self._note(replace(self._record, run=ServerRun(function=self._function.id, model=self._function.name,
+                                                       enqueued=before)))  # fmt: skip
+        self._delete_drawn()
+        for attempt in range(ATTEMPTS):
+            try:
+                run = self._server.start_function(
+                    self._function.id,
+                    task=self._work.task.id,
+                    job=self._job,
+                    threshold=self._threshold or None,
+                    mapping=make_mapping(self._function, self._met),
+                )
+            except ServerError as error:
+                if error.status != 409 and error.status is not None and error.status not in TRANSIENT:
+                    self._note(replace(self._record, run=None))
+                    raise
+                if error.status != 409:
+                    time.sleep(PAUSE * 2**attempt)
+                found = self._find()
+                if found is None:
+                    with self._forgetting():
+                        self._refuse_others(self._server.function_runs())
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    continue
+                run = found
+            self._note_run(run)
+            return run
+        raise AssertionError("unreachable")
+
+    def _refuse_others(self, runs: Sequence[FunctionRun]) -> None:
+        for run in runs:
+            if run.task == self._work.task.id and run.status in ("queued", "started"):
+                over = f"job {run.job}" if run.job is not None else "the whole task"
+                raise UnfitError(
+                    f"job {self._job}: {run.function} is at work in task {run.task} ({over}). Wait until it has "
+                    "finished and run the same command once more."
+                )
+
+    def _delete_drawn(self) -> None:
+        """Delete what was drawn here before; nothing else is in the job.
+
+        Raises:
+            UnfitError: somebody has begun to draw meanwhile.
+            ServerError: it cannot be deleted.
+        """
+        for attempt in range(ATTEMPTS):
+            annotations = self._server.annotations(self._job)
+            with self._forgetting():
+                if "people" in self._verdicts(annotations).values() and annotations.shapes:
+                    raise UnfitError(f"job {self._job}: somebody has begun to work in it; it is left as it is.")
+            if not annotations.shapes:
+                break
+            try:
+                self._server.delete_shapes(self._job, annotations.shapes)
+            except ServerError as error:
+                if attempt == ATTEMPTS - 1 or (error.status is not None and error.status not in TRANSIENT):
+                    raise
+                time.sleep(PAUSE * 2**attempt)
+        self._note(replace(self._record, frames={}))
+
+    def _wait(self, run: FunctionRun) -> FunctionRun:
+        """Ask until the run has ended.
+
+        Raises:
+            UnfitError: the server has forgotten it, or runs something else in its place.
+        """
+        pause = FIRST_POLL
+        first, size = min(self._work.frames, default=0), self._work.task.size
+        try:
+            while run.status in ("queued", "started"):
+                time.sleep(pause)
+                pause = min(pause * 1.5, LONGEST_POLL)
+                found = self._server.function_run(run.id)  # an id is the task's: a later run takes it over
+                if found is None or not self._is_mine(found):
+                    raise UnfitError(
+                        f"job {self._job}: the server does not know the run of {run.function} any more; somebody has "
+                        "cancelled it, perhaps. Run the same command once more."
+                    )
+                run = found
+                self._bar.set_postfix_str(f"job {self._job}: {run.status}", refresh=False)
+                self.show(min(len(self._work.frames), run.progress * size // 100 - first))
+        except KeyboardInterrupt:
+            self._report.notes.append(
+                f"The server goes on with job {self._job}. The same command waits for it and writes down what it draws."
+            )
+            raise
+        return run
+
+    def _collect(self, run: FunctionRun) -> None:
+        """Write down what a finished run has drawn, if nobody can have changed it."""
+        annotations = self._server.annotations(self._job)
+        drawn = [shape for shape in annotations.shapes if self._is_of_function(shape)]
+        model = self._record.run.model if self._record.run is not None else self._function.name
+        self._report.drawn += len(self._work.frames)
+        self._report.shapes += len(drawn)
+        if not self._is_untouched_since(run):
+            self._note(JobRecord())
+            self._report.notes.append(
+                f"Job {self._job} was changed before its pre-labels were written down: they count as people's work."
+            )
+            return
+        identities: dict[int, list[str]] = {frame: [] for frame in self._work.frames}
+        for shape in drawn:
+            identities.setdefault(shape["frame"], []).append(identity(shape))
+        self._note(
+            JobRecord(
+                frames={
+                    frame: FrameRecord(drawn=Drawn(model=model, shapes=tuple(sorted(shapes))))
+                    for frame, shapes in identities.items()
+                }
+            )
+        )
+
+    def _clear_up(self, run: FunctionRun, problem: str) -> None:
+        """Delete what a failed run has left: CVAT writes every hundred frames.
+
+        Raises:
+            UnfitError: there is something, and nobody can tell any more whether it is that.
+        """
+        shapes = self._server.annotations(self._job).shapes
+        if shapes:
+            if not self._is_untouched_since(run) or not all(self._is_of_function(shape) for shape in shapes):
+                self._note(JobRecord())
+                raise UnfitError(f"{problem} It has left shapes among people's work; look at the job in CVAT.")
+            self._server.delete_shapes(self._job, shapes)
+        self._note(JobRecord())
+
+    def _resume(self) -> None:
+        """See a run through that was started before this process."""
+        run = self._find()
+        if run is not None:
+            run = self._wait(run)
+        if run is not None and run.status == "finished":
+            self._collect(run)
+        elif run is not None:
+            self._clear_up(run, f"job {self._job}: {run.function} failed: {run.error}")
+        elif not self._server.annotations(self._job).shapes:
+            self._note(JobRecord())  # the former pre-labels were deleted already
+        else:
+            # Either nothing has happened yet, or it cannot be told any more: then the shapes count as people's work.
+            self._note(replace(self._record, run=None))
+
+    def _find(self) -> FunctionRun | None:
+        """The server's run that the record speaks of."""
+        noted = self._record.run
+        if noted is None:
+            return None
+        if noted.id:
+            run = self._server.function_run(noted.id)
+            same = run is not None and self._is_mine(run) and noted.enqueued in ("", run.enqueued)
+            return run if same else None
+        for run in self._server.function_runs():
+            if self._is_mine(run) and (not noted.enqueued or run.enqueued != noted.enqueued):
+                return run
+        return None
+
+    def _is_mine(self, run: FunctionRun) -> bool:
+        noted = self._record.run
+        return run.job == self._job and run.function == (noted.function if noted else self._function.id)
+
+    def _is_of_function(self, shape: Mapping[str, Any]) -> bool:
+        return is_auto(shape) and shape["label_id"] in {label.id for label in self._met.values()}
+
+    def _is_untouched_since(self, run: FunctionRun) -> bool:
+        """Whether the last change of the job was the run's own."""
+        try:
+            changed = datetime.fromisoformat(self._server.job(self._job).updated)
+            return changed <= datetime.fromisoformat(run.ended)
+        except (ValueError, TypeError):
+            return False
+
+    def _note_run(self, run: FunctionRun) -> None:
+        noted = ServerRun(function=self._function.id, model=self._function.name, id=run.id, enqueued=run.enqueued)
+        self._note(replace(self._record, run=noted))
+
+    def _note(self, record: JobRecord) -> None:
+        self._record = record
+        self._store.save(self._job, record)
+
+    @contextlib.contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Take back the note about a run that is not started after all."""
+        try:
+            yield
+        except UnfitError:
+            self._note(replace(self._record, run=None))
+            raise
