@@ -34,7 +34,6 @@ from PIL import Image
 from sscloud.errors import ConfigError, DatasetError, SchemaError, ServerError
 from sscloud.image import read_label_map
 from sscloud.labels import LabelSchema
-from training import cvat
 from training.cvat import Account, Server
 from training.dataset import open_dataset
 from training.fetch import Summary, fetch
@@ -44,16 +43,13 @@ from training.rule import Rule
 from training.splits import SplitPlan
 from training.survey import Selection
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 SIZE_HW = (32, 64)
 LABELS = [
     {"name": name, "color": color, "type": "any"}
     for name, color in (("Земля", "#b5793c"), ("Растительность", "#3f9b46"), ("Здание", "#d8594b"))
 ]
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cvat, "FIRST_PAUSE", 0.01)
 
 
 def picture(seed: int, size_hw: tuple[int, int] = SIZE_HW, format_name: str = "JPEG") -> bytes:

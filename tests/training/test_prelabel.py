@@ -43,6 +43,8 @@ from training.prelabel_store import Drawn, FrameRecord, JobRecord, PrelabelStore
 from training.project_labels import plan_labels
 from training.rasterise import rasterise
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 SIZE_HW = (64, 128)
 TEXT = {"mutable": False, "input_type": "text", "values": [""]}
 ATTRIBUTES = [{"name": name, "default_value": "", **TEXT} for name in ("model", "confidence")]

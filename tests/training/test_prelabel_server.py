@@ -32,6 +32,8 @@ from training.prelabel import Report, Selection
 from training.prelabel_server import choose_function, prelabel_by_server
 from training.prelabel_store import JobRecord, PrelabelStore, identity
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
+
 TEXT = {"mutable": False, "input_type": "text", "values": [""]}
 ATTRIBUTES = [{"name": name, "default_value": "", **TEXT} for name in ("model", "confidence")]
 LABELS: list[dict[str, Any]] = [
