@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cvat_sdk import models
+from cvat_sdk.core.proxies.annotations import AnnotationUpdateAction
 from cvat_standin import (
     Body,
     CvatStandin,
@@ -395,6 +397,25 @@ def test_the_order_of_equal_shapes_is_the_servers(cvat_server: CvatStandin, serv
     summary = run(server, tmp_path / "data", world)
     assert summary.written == 1
     assert read_label_map(tmp_path / "data/masks/0_normals.png")[18, 10] == 2
+
+
+def test_what_makes_no_mask_is_counted(cvat_site: Site, tmp_path: Path) -> None:
+    world = make_world(cvat_site, tasks=1)
+    with cvat_site.client() as client:
+        line = {"type": "polyline", "label_id": world.labels["Земля"], "frame": 0, "points": [1.0, 1.0, 9.0, 9.0]}
+        add_shapes(client, world.jobs[0], [line, line | {"frame": 1, "type": "points", "points": [3.0, 3.0]}])
+        track = models.LabeledTrackRequest(
+            frame=0,
+            label_id=world.labels["Здание"],
+            shapes=[models.TrackedShapeRequest(type="rectangle", frame=0, points=[1.0, 1.0, 9.0, 9.0], outside=False)],
+        )
+        client.jobs.retrieve(world.jobs[0]).update_annotations(
+            models.PatchedLabeledDataRequest(tracks=[track]), action=AnnotationUpdateAction.CREATE
+        )
+    with Server.connect(account(cvat_site)) as server:
+        summary = run(server, tmp_path / "data", world)
+    assert summary.skipped == {"polyline": 1, "points": 1, "track": 1}
+    assert summary.written == 2
 
 
 def test_a_changed_schema_paints_anew_without_downloading(

@@ -182,8 +182,8 @@ def _warnings(summary: "Summary", args: argparse.Namespace, schema: "LabelSchema
             "take them with --empty background (or void)."
         )
     if summary.skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(summary.skipped.items()))
-        lines.append(f"not painted, because they cover no pixels of one frame: {kinds}")
+        kinds = ", ".join(f"{count} of type {kind}" for kind, count in sorted(summary.skipped.items()))
+        lines.append(f"left out, because only shapes that cover an area of a single frame make a mask: {kinds}")
     if found.doubles:
         lines.append(f"{found.doubles} frame(s) lie in several jobs; the shapes of the first job are used")
     if summary.unknown:
