@@ -7,6 +7,7 @@
     ├── DatasetError        a folder of panoramas and masks cannot be used
     ├── ArchiveError        an exported archive is broken, hostile or of an unknown layout
     ├── ServerError         a CVAT server cannot be reached, refuses, or answers something else than CVAT
+    │   └── UnreachableError    no answer at all: the next request would fare no better
     ├── DeployError         Nuclio or one of its functions fails, or does not answer as it should
     ├── RequestError        a request to the function is wrong; answered with status 400
     ├── TrainingError       training cannot go on: out of memory, numbers that are no numbers
@@ -51,6 +52,10 @@ class ServerError(SSCloudError):
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UnreachableError(ServerError):
+    """A CVAT server gives no answer at all."""
 
 
 class DeployError(SSCloudError):

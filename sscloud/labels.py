@@ -101,12 +101,12 @@ class LabelSchema:
         ids: dict[int, str] = {}
         for label in self.labels:
             for name in (label.name, *label.aliases):
-                if _key(name) in names:
+                if name_key(name) in names:
                     raise SchemaError(
-                        f"{source}: the name or alias {name!r} is used twice (labels {names[_key(name)]!r} and "
+                        f"{source}: the name or alias {name!r} is used twice (labels {names[name_key(name)]!r} and "
                         f"{label.name!r}; case and white space do not count). Names and aliases must be unique."
                     )
-                names[_key(name)] = label.name
+                names[name_key(name)] = label.name
             if label.id in ids:
                 raise SchemaError(
                     f"{source}: the id {label.id} is used twice, by {ids[label.id]!r} and {label.name!r}. "
@@ -160,7 +160,7 @@ class LabelSchema:
 
     def find(self, name: str) -> Label | None:
         """The label with this name or alias; case and runs of white space do not count."""
-        return self._by_name.get(_key(name))
+        return self._by_name.get(name_key(name))
 
     def by_id(self, label_id: int) -> Label | None:
         """The label with this id."""
@@ -168,7 +168,7 @@ class LabelSchema:
 
     @cached_property
     def _by_name(self) -> dict[str, Label]:
-        return {_key(name): label for label in self.labels for name in (label.name, *label.aliases)}
+        return {name_key(name): label for label in self.labels for name in (label.name, *label.aliases)}
 
     @cached_property
     def _by_id(self) -> dict[int, Label]:
@@ -229,7 +229,8 @@ def count_ids(label_map: NDArray[np.uint8]) -> NDArray[np.int64]:
     return total
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
+    """What two spellings of a label's name have in common: case and runs of white space do not count."""
     return re.sub(r"\s+", " ", name).strip().casefold()
 
 

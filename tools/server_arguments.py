@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from training.cvat import Server
 
+STATES = ("new", "in progress", "completed", "rejected")
+STAGES = ("annotation", "validation", "acceptance")
+"""Of jobs, as CVAT names them."""
+
 CREDENTIALS = """\
 The server and the login come from the environment: CVAT_URL with CVAT_ACCESS_TOKEN, or with CVAT_USERNAME and
 CVAT_PASSWORD; CVAT_ORGANIZATION names an organisation. Without CVAT_URL the default profile of `cvat-cli profile` is

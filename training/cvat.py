@@ -7,26 +7,29 @@ the server has written: callers look before they write again.
 """
 
 import contextlib
+import io
 import json
 import logging
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, BinaryIO, Final, Literal, Self
+from urllib.parse import urlsplit
 
 import urllib3
-from cvat_sdk.api_client.exceptions import ApiException
+from cvat_sdk.api_client.exceptions import ApiException, OpenApiException
 from cvat_sdk.core.auth import AuthStore
 from cvat_sdk.core.client import AccessTokenCredentials, Client, PasswordCredentials
 from cvat_sdk.core.client import Config as ClientConfig
 from cvat_sdk.core.exceptions import AuthStoreError, CvatSdkException
-from cvat_sdk.core.progress import BaseProgressReporter
+from cvat_sdk.core.helpers import make_request_headers
 
-from sscloud.errors import ConfigError, ServerError
+from sscloud.errors import ConfigError, ServerError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +38,21 @@ ATTEMPTS: Final = 6
 FIRST_PAUSE: Final = 1.0
 """Seconds before the second try; every further pause is twice as long."""
 LONGEST_PAUSE: Final = 60.0
-"""Seconds; a server that asks for more by Retry-After gets that much."""
+"""Seconds, also where a server asks for more by Retry-After."""
 TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 TIMEOUT: Final = (10.0, 120.0)
 """Seconds to connect, and between two bytes of an answer."""
 MAX_IMAGE_BYTES: Final = 512 << 20
 MAX_JSON_BYTES: Final = 1 << 30
 MAX_PAGES: Final = 10_000
+MAX_FRAMES: Final = 10_000_000
+"""Most frames of a job."""
+MAX_ARCHIVE_BYTES: Final = 256 << 30
 PAGE_SIZE: Final = 100
+MAX_DETAIL_BYTES: Final = 1 << 16
+"""As much of an error's body is looked at."""
 _BLOCK: Final = 1 << 18
-_TESTED: Final = ((2, 73), (2, 81))
+TESTED: Final = ((2, 73), (2, 81))
 """Server versions, from and below, that this was written for."""
 
 
@@ -77,6 +85,8 @@ class Task:
     project_id: int | None
     size: int
     """Frames."""
+    images: bool
+    """Whether its frames are images; otherwise a video, or point clouds."""
     updated: str
     """The server's time of the last change, as it writes it."""
 
@@ -236,6 +246,7 @@ class Server:
             ServerError: nobody answers, something else than CVAT answers, or the credentials are refused.
             ConfigError: the address is no address.
         """
+        _check_address(account.url)
         try:
             client = Client(account.url, config=ClientConfig(status_check_period=1), check_server_version=False)
         except (CvatSdkException, ValueError) as error:
@@ -251,24 +262,20 @@ class Server:
         try:
             about = _object(server._get(client.api_client.server_api.retrieve_about_endpoint, attempts=2), "about")
             server.version = _text(about, "version")
-            if account.token:
-                client.login(AccessTokenCredentials(account.token))
-                server.user()
-            elif account.username and account.password:
-                client.login(PasswordCredentials(account.username, account.password))
-        except (ApiException, ServerError, AssertionError, urllib3.exceptions.HTTPError) as error:
+            server._login(account)
+        except ServerError as error:
             client.api_client.close()
-            status = error.status if isinstance(error, ApiException | ServerError) else None
-            if status in (400, 401, 403) and server.version:
+            if error.status in (400, 401, 403) and server.version:
                 who = "The access token" if account.token else f"The password of {account.username!r}"
-                raise ServerError(f"{server.url}: {who} is not accepted (HTTP {status}).", status=status) from None
+                raise ServerError(
+                    f"{server.url}: {who} is not accepted (HTTP {error.status}).", status=error.status
+                ) from None
             scheme = "" if "://" in account.url else " CVAT_URL names no http:// or https://, so https:// was tried."
-            reason = str(error) if isinstance(error, ServerError) else _reason(error)
-            raise ServerError(f"{server.url}: {reason}.{scheme}", status=status) from None
-        if not _TESTED[0] <= _version(server.version) < _TESTED[1]:
+            raise type(error)(f"{server.url}: {error}.{scheme}", status=error.status) from None
+        if not TESTED[0] <= parse_version(server.version) < TESTED[1]:
             log.warning(
                 "%s is CVAT %s; this was made for %d.%d to %d.%d and may meet differences.",
-                server.url, server.version, *_TESTED[0], _TESTED[1][0], _TESTED[1][1] - 1,
+                server.url, server.version, *TESTED[0], TESTED[1][0], TESTED[1][1] - 1,
             )  # fmt: skip
         return server
 
@@ -296,6 +303,27 @@ class Server:
             yield
         finally:
             self._stopped.clear()
+
+    def _login(self, account: Account) -> None:
+        if account.token:
+            self._client.login(AccessTokenCredentials(account.token))
+            self.user()
+            return
+        try:
+            self._login_by_password(account)
+        except UnreachableError:
+            self._login_by_password(account)
+
+    def _login_by_password(self, account: Account) -> None:
+        try:
+            self._client.login(PasswordCredentials(account.username or "", account.password or ""))
+        except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
+            raise UnreachableError(f"no answer ({_reason(error)})") from None
+        except ApiException as error:
+            raise ServerError(_reason(error), status=error.status or None) from None
+        except (OpenApiException, AssertionError, TypeError, ValueError) as error:
+            # What the page of a proxy, or another program, does to the SDK's parser.
+            raise ServerError(f"the login is answered by something else than CVAT ({_reason(error)})") from None
 
     def user(self) -> str:
         """Name of the user."""
@@ -351,7 +379,7 @@ class Server:
             if len(rows) != size:
                 raise ServerError(f"{size} frames, but {len(rows)} images are named; only tasks of images are read.")
             return tuple(
-                Frame(number=number, name=_text(row, "name"), size_hw=(_int(row, "height"), _int(row, "width")))
+                Frame(number=number, name=_name(row, "name"), size_hw=(_int(row, "height"), _int(row, "width")))
                 for number, row in enumerate(rows)
             )
 
@@ -371,6 +399,8 @@ class Server:
         """
         with _naming(f"the frames of job {job.id}"):
             meta = _object(self._get(self._api.jobs_api.retrieve_data_meta_endpoint, id=job.id), "data meta")
+            if not 0 <= job.stop - job.start < MAX_FRAMES:
+                raise ServerError(f"it has the frames {job.start} to {job.stop}; at most {MAX_FRAMES} are read.")
             numbers = frozenset(range(job.start, job.stop + 1)) - _numbers(meta, "deleted_frames")
             return numbers if meta.get("included_frames") is None else numbers & _numbers(meta, "included_frames")
 
@@ -399,7 +429,7 @@ class Server:
             data = _object(self._get(self._api.jobs_api.retrieve_annotations_endpoint, id=job_id), "annotations")
             shapes = _list(data, "shapes")
             for shape in shapes:
-                _text(shape, "type"), _int(shape, "frame"), _int(shape, "label_id"), _list(shape, "points", of=None)
+                _check_shape(shape)
             others = (_list({"of": data.get(kind) or []}, "of") for kind in ("tracks", "tags", "intervals"))
             tracks, tags, intervals = others
             return Annotations(
@@ -498,7 +528,7 @@ class Server:
 
     def export(
         self, path: Path, *, format_name: str, project_id: int | None = None, task_id: int | None = None,
-        on_bytes: Callable[[int, int | None], None] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
         """Have the server write an archive with images, and download it.
 
@@ -507,22 +537,44 @@ class Server:
             format_name: as CVAT names it, with its version: `CVAT for images 1.1`.
             project_id: the project, or
             task_id: the task.
-            on_bytes: told how many bytes have come, and how many there are.
+            on_bytes: told how many bytes have come, block by block; a negative count takes back a failed try.
 
         Raises:
             ServerError: refused, unknown format, or the export failed on the server.
         """
-        source = self._client.projects if project_id is not None else self._client.tasks
+        api = self._api.projects_api if project_id is not None else self._api.tasks_api
         number = project_id if project_id is not None else task_id
         with _naming(f"the export {format_name!r} of {'project' if project_id is not None else 'task'} {number}"):
-            try:
-                entity: Any = source.retrieve(number)
-                entity.export_dataset(
-                    format_name, path, include_images=True, status_check_period=1, pbar=_Reporter(on_bytes)
-                )
-            except (ApiException, CvatSdkException, AssertionError, urllib3.exceptions.HTTPError) as error:
-                status = error.status if isinstance(error, ApiException) else None
-                raise ServerError(_reason(error), status=status) from None
+            # CVAT makes an archive that is asked for twice once, and answers 409 with its number: so a lost answer may
+            # be asked for again.
+            endpoint = api.create_dataset_export_endpoint
+            answer = self._get(endpoint, accept=(409,), id=number, format=format_name, save_images=True)
+            started = _object(answer, "request")
+            url = self._wait_for_request(_text(started, "rq_id"))
+            # On this server, whatever it calls itself: the credentials go nowhere else.
+            place = urlsplit(url)
+            address = self.url + place.path + (f"?{place.query}" if place.query else "")
+            with path.open("wb") as sink:
+                self._read(partial(self._open, address), sink=sink, max_bytes=MAX_ARCHIVE_BYTES, on_bytes=on_bytes)
+
+    def _wait_for_request(self, request_id: str) -> str:
+        """Where the result of a background request lies, when it has finished."""
+        pause = FIRST_PAUSE / 4
+        while True:
+            request = _object(self._get(self._api.requests_api.retrieve_endpoint, id=request_id), "request")
+            status = _text(request, "status")
+            if status == "finished":
+                return _text(request, "result_url")
+            if status == "failed":
+                raise ServerError(f"it failed: {_name(request, 'message') or 'CVAT does not say why'}")
+            self._stopped.wait(pause)
+            pause = min(pause * 1.5, 5.0)
+
+    def _open(self, address: str) -> Any:
+        headers = make_request_headers(self._api)
+        return self._api.rest_client.GET(
+            address, headers=headers, _parse_response=False, _check_status=False, _request_timeout=TIMEOUT
+        )
 
     # HTTP
 
@@ -531,43 +583,66 @@ class Server:
         endpoint: Any,
         *,
         attempts: int = ATTEMPTS,
+        accept: Collection[int] = (),
         max_bytes: int = MAX_JSON_BYTES,
         on_bytes: Callable[[int], None] | None = None,
         **parameters: Any,
     ) -> bytes:
+        def open_response() -> Any:
+            _, response = endpoint.call_with_http_info(
+                **parameters, _parse_response=False, _check_status=False, _request_timeout=TIMEOUT
+            )
+            return response
+
+        sink = io.BytesIO()
+        self._read(open_response, sink=sink, attempts=attempts, accept=accept, max_bytes=max_bytes, on_bytes=on_bytes)
+        return sink.getvalue()
+
+    def _read(
+        self,
+        open_response: Callable[[], Any],
+        *,
+        sink: BinaryIO,
+        attempts: int = ATTEMPTS,
+        accept: Collection[int] = (),
+        max_bytes: int,
+        on_bytes: Callable[[int], None] | None,
+    ) -> None:
+        """Read an answer of status 2xx, or of one in `accept`, to its end, as often as it takes within `attempts`."""
         for attempt in range(attempts):
             came = 0
-            if self._stopped.is_set():
-                raise ServerError("stopped")
+            sink.seek(0)
+            sink.truncate()
             try:
-                _, response = endpoint.call_with_http_info(
-                    **parameters, _parse_response=False, _check_status=False, _request_timeout=TIMEOUT
-                )
-                with contextlib.closing(response):
-                    body = bytearray()
+                with contextlib.closing(open_response()) as response:
+                    good = 200 <= response.status <= 299 or response.status in accept
+                    detail = bytearray()
                     for block in _blocks(response, max_bytes):
                         if self._stopped.is_set():
-                            raise ServerError("stopped")
-                        body += block
-                        if response.status == 200 and on_bytes:
+                            raise UnreachableError("stopped")
+                        if good:
+                            sink.write(block)
+                        else:
+                            detail += block[: MAX_DETAIL_BYTES - len(detail)]
+                        if good and on_bytes:
                             came += len(block)
                             on_bytes(len(block))
-                if response.status == 200:
-                    return bytes(body)
-                error = _refused(response.status, bytes(body))
+                if good:
+                    return
+                error = _refused(response.status, bytes(detail))
                 pause = _retry_after(response.headers.get("Retry-After"))
-            except (urllib3.exceptions.HTTPError, OSError) as problem:
-                error, pause = ServerError(f"no answer ({_reason(problem)})"), None
+            except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as problem:
+                error, pause = UnreachableError(f"no answer ({_reason(problem)})"), None
             except ApiException as problem:  # TLS
-                raise ServerError(_reason(problem)) from None
+                raise UnreachableError(_reason(problem)) from None
             if came and on_bytes:
                 on_bytes(-came)
-            if (error.status is not None and error.status not in TRANSIENT) or attempt == attempts - 1:
+            waited = isinstance(error, UnreachableError) or error.status in TRANSIENT
+            if not waited or attempt == attempts - 1 or self._stopped.is_set():
                 raise error
             pause = pause if pause is not None else FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311
             log.info("%s: %s; trying again in %.1f s", self.url, error, pause)
             self._stopped.wait(min(pause, LONGEST_PAUSE))
-        raise AssertionError("unreachable")
 
     def _pages(self, endpoint: Any, **parameters: Any) -> Iterator[dict[str, Any]]:
         for page in range(1, MAX_PAGES + 1):
@@ -591,32 +666,29 @@ class Server:
                 _check_status=False,
             )
         except (urllib3.exceptions.HTTPError, OSError, ApiException) as error:
-            raise ServerError(f"no answer ({_reason(error)})") from None
+            raise UnreachableError(f"no answer ({_reason(error)})") from None
         if not 200 <= response.status <= 299:
             raise _refused(response.status, response.data)
         data: bytes = response.data
         return data
 
 
-class _Reporter(BaseProgressReporter):  # type: ignore[misc]  # cvat-sdk carries no types
-    """The SDK's progress as a call."""
+def _check_address(url: str) -> None:
+    """Refuse an address that carries secrets: it is shown in messages and written into manifests.
 
-    def __init__(self, on_bytes: Callable[[int, int | None], None] | None) -> None:
-        super().__init__()
-        self._on_bytes = on_bytes
-        self._total: int | None = None
-
-    def start2(self, total: int, **kwargs: Any) -> None:
-        super().start2(total, **kwargs)
-        self._total = total or None
-
-    def report_status(self, progress: int) -> None:
-        super().report_status(progress)
-
-    def advance(self, delta: int) -> None:
-        super().advance(delta)
-        if self._on_bytes:
-            self._on_bytes(delta, self._total)
+    Raises:
+        ConfigError: it does, or it is none.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"https://{url}")
+        parts.port  # noqa: B018 - raises for what is no number
+    except ValueError as error:
+        raise ConfigError("CVAT_URL is no address. Set http://HOST:PORT or https://HOST.") from error
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            "CVAT_URL holds more than an address (a name, a password, or what follows ? or #). Set http://HOST:PORT "
+            "or https://HOST; who logs in is said by CVAT_ACCESS_TOKEN, or by CVAT_USERNAME and CVAT_PASSWORD."
+        )
 
 
 def _blocks(response: Any, max_bytes: int) -> Iterator[bytes]:
@@ -635,7 +707,7 @@ def _refused(status: int, body: bytes) -> ServerError:
         detail = json.loads(body)
     if isinstance(detail, dict):
         detail = detail.get("detail") or detail.get("message") or detail.get("non_field_errors") or detail
-    text = re.sub(r"\s+", " ", str(detail)).strip()[:300] if detail else ""
+    text = re.sub(r"[^ -~\w]+", " ", str(detail)).strip()[:300] if detail else ""
     meaning = {
         401: "not logged in, or the access token is not valid any more",
         403: "this user may not do that (is it in the right organisation? CVAT_ORGANIZATION)",
@@ -669,7 +741,7 @@ def _naming(what: str) -> Iterator[None]:
     try:
         yield
     except ServerError as error:
-        raise ServerError(f"CVAT, {what}: {error}", status=error.status) from error.__cause__
+        raise type(error)(f"CVAT, {what}: {error}", status=error.status) from error.__cause__
 
 
 def _json(data: bytes) -> Any:
@@ -701,11 +773,24 @@ def _list(row: Mapping[str, Any], key: str, of: type | None = dict) -> list[Any]
     return value
 
 
+def _check_shape(shape: Mapping[str, Any]) -> None:
+    if not re.fullmatch(r"[a-z_0-9]{1,40}", _text(shape, "type")):
+        raise ServerError(f"the answer has a shape of type {_text(shape, 'type')[:40]!r}.")
+    _int(shape, "id"), _int(shape, "frame"), _int(shape, "label_id"), _list(shape, "points", of=None)
+    for attribute in _list({"attributes": shape.get("attributes") or []}, "attributes"):
+        _int(attribute, "spec_id"), _text(attribute, "value")
+
+
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ServerError(f"the answer has no text {key!r}, but {str(value)[:80]!r}.")
     return value
+
+
+def _name(row: Mapping[str, Any], key: str) -> str:
+    """A text that ends up in messages: what a terminal would obey is replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in _text(row, key))
 
 
 def _int(row: Mapping[str, Any], key: str) -> int:
@@ -725,15 +810,16 @@ def _numbers(row: Mapping[str, Any], key: str) -> frozenset[int]:
 
 
 def _project(row: Mapping[str, Any]) -> Project:
-    return Project(id=_int(row, "id"), name=_text(row, "name"))
+    return Project(id=_int(row, "id"), name=_name(row, "name"))
 
 
 def _task(row: Mapping[str, Any]) -> Task:
     return Task(
         id=_int(row, "id"),
-        name=_text(row, "name"),
+        name=_name(row, "name"),
         project_id=_optional_int(row, "project_id"),
         size=_optional_int(row, "size") or 0,
+        images=row.get("mode") != "interpolation" and row.get("dimension") != "3d",
         updated=_text(row, "updated_date"),
     )
 
@@ -756,7 +842,7 @@ def _label(row: Mapping[str, Any]) -> ProjectLabel:
     attributes = _list({"of": row.get("attributes") or []}, "of")
     return ProjectLabel(
         id=_int(row, "id"),
-        name=_text(row, "name"),
+        name=_name(row, "name"),
         color=row["color"] if isinstance(row.get("color"), str) else "",
         type=row["type"] if isinstance(row.get("type"), str) else "any",
         attributes={_text(attribute, "name"): _int(attribute, "id") for attribute in attributes},
@@ -802,6 +888,7 @@ def _function_run(row: Mapping[str, Any]) -> FunctionRun:
     )
 
 
-def _version(text: str) -> tuple[int, int]:
+def parse_version(text: str) -> tuple[int, int]:
+    """The first two numbers of a server's version; zeros where there are none."""
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -7,30 +7,27 @@ not at all, and however often the run is killed, it ends in the same bytes.
 
 import hashlib
 import json
-import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
-from sscloud.errors import DatasetError, ImageError, ServerError
+from sscloud.errors import DatasetError, ImageError, ServerError, UnreachableError
 from sscloud.image import MAX_PIXELS, decode_image
 from sscloud.labels import LabelSchema
 from training.annotations import PAINTED, digest, painting
 from training.cvat import Annotations, Frame, Job, Server
 from training.manifest import IMAGES, MASKS, DatasetWriter, Manifest, ManifestItem, make_item
 from training.names import dataset_names
-from training.rasterise import rasterise
+from training.rasterise import RULE_VERSION, rasterise
 from training.rule import Rule, Stranger, require_known
-from training.splits import Assignment, Source, Split, SplitPlan, group_key, require_match
+from training.splits import Assignment, Source, Split, SplitPlan, group_key
 from training.survey import Selection, Survey, Wanted, survey
-
-_HOPELESS: Final = (None, 401, 403)
-"""Of an error: no connection, or no login any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +46,10 @@ class Summary:
     """Frames that cannot be used, a sentence each."""
     empty: int
     """Frames without shapes that were left out."""
+    unpainted: int
+    """Frames that were left out because none of their annotations makes a mask."""
     skipped: Mapping[str, int]
-    """Kind of annotation that covers no pixels → how many, in what was read now."""
+    """Kind of annotation that makes no mask → how many."""
     unknown: tuple[Stranger, ...]
     """Labels that the schema lacks, in what was read now."""
     bytes: int
@@ -63,7 +62,7 @@ class _Done:
     """None: unchanged, or left out."""
     image: bytes | None = None
     mask: bytes | None = None
-    empty: bool = False
+    left_out: Literal["empty", "unpainted"] | None = None
     problem: str | None = None
 
 
@@ -74,6 +73,8 @@ def fetch(
     selection: Selection,
     rule: Rule,
     plan: SplitPlan,
+    remove: bool = False,
+    server_was: str | None = None,
     parallel: int = 4,
     quiet: bool = False,
 ) -> Summary:
@@ -86,32 +87,37 @@ def fetch(
             is remembered.
         rule: how shapes become masks.
         plan: how new frames are dealt out to training, validation and test.
+        remove: go on even when more than half of the items of the looked-at tasks would leave.
+        server_was: another address under which this server's items are in the dataset; they become this one's.
         parallel: frames in flight.
         quiet: no progress bars.
 
     Raises:
         ServerError: the server cannot be reached any more, or refuses.
         SchemaError: labels that the schema lacks, with `unknown="error"`; nothing is written.
-        DatasetError: the dataset cannot be used, or another process writes it.
+        DatasetError: the dataset cannot be used, another process writes it, it has these frames from another address,
+            or too many items would leave it.
     """
     found = survey(server, selection, quiet=quiet)
-    require_match(plan.group_by, [wanted.frame.name for wanted in found.wanted])
-    with (
-        DatasetWriter(output, schema=rule.schema) as writer,
-        tempfile.TemporaryDirectory(prefix="sscloud-fetch-") as folder,
-        ThreadPoolExecutor(parallel) as pool,
-    ):
+    with DatasetWriter(output, schema=rule.schema) as writer, ThreadPoolExecutor(parallel) as pool:
+        writer.require_groups(plan, [wanted.frame.name for wanted in found.wanted])
+        if server_was is not None:
+            _move(writer, server_was.rstrip("/"), server.url)
+        _refuse_doubles(writer.manifest, found)
         run = _Run(server, output, found, writer.manifest, rule=rule, plan=plan)
-        drawn = _Annotations(Path(folder))
+        if not remove:
+            run.refuse_emptying(writer.manifest)
+        drawn = _Annotations(writer.scratch)
         try:
             loaded = _flow(pool, lambda job: (job, server.annotations(job.id)), run.stale, parallel)
             for job, annotations in tqdm(loaded, "Shapes", len(run.stale), unit="job", disable=quiet or None):
-                drawn.keep(job, annotations, frozenset(wanted.frame.number for wanted in run.frames_of[job]))
+                drawn.keep(job, annotations, [wanted.frame.number for wanted in run.frames_of[job]])
             strangers = drawn.strangers(found, rule.schema)
             require_known(strangers, rule, source=f"What counts on {server.url}")
             with tqdm(total=len(run.work), desc="Frames", unit="frame", disable=quiet or None) as bar:
                 run.on_bytes = lambda: bar.set_postfix_str(f"{run.bytes / 1e6:.1f} MB", refresh=False)
-                for done in _flow(pool, run.bring, ((wanted, drawn.of(wanted)) for wanted in run.work), parallel):
+                work = ((wanted, drawn.of(wanted), drawn.is_marked(wanted)) for wanted in run.work)
+                for done in _flow(pool, run.bring, work, parallel):
                     bar.update()
                     run.record(done)
                     if done.item is not None:
@@ -123,7 +129,8 @@ def fetch(
             raise
         removed = run.gone(writer.manifest)
         writer.remove(removed)
-        writer.set_jobs(run.job_records(writer.manifest))
+        records = run.job_records(writer.manifest, drawn)
+        writer.set_jobs(records)
         splits = writer.freeze_splits(plan, pinned=run.pinned(writer.manifest))
         writer.commit()
         return Summary(
@@ -134,8 +141,7 @@ def fetch(
             unchanged=run.unchanged,
             removed=tuple(removed),
             left_out=tuple(sorted(run.left_out)),
-            empty=sum(map(len, run.empty.values())),
-            skipped={kind: count for kind, count in drawn.skipped.items() if count},
+            **run.notes(writer.manifest, drawn),
             unknown=tuple(strangers),
             bytes=run.bytes,
         )
@@ -150,6 +156,7 @@ class _Run:
         self._server, self._output, self._found, self._rule, self._plan = server, output, found, rule, plan
         self._items = {_key(item): item for item in manifest.items if item.source.get("server") == server.url}
         self.frames_of: dict[Job, list[Wanted]] = {}
+        self._left_out_frames: dict[str, dict[int, list[int]]] = {"empty": {}, "unpainted": {}}
         for wanted in found.wanted:
             self.frames_of.setdefault(wanted.job, []).append(wanted)
         self.stale = [job for job in self.frames_of if not self._is_current(job, manifest)]
@@ -159,21 +166,42 @@ class _Run:
         self.written = self.bytes = 0
         self.unchanged = len(found.wanted) - len(self.work)
         self.left_out: list[str] = []
-        self.empty: dict[int, list[int]] = {}
         self._failed_jobs: set[int] = set()
+        self._lock = threading.Lock()
 
     def _is_current(self, job: Job, manifest: Manifest) -> bool:
         """Whether nothing of a job has changed since it was fetched by the same rule."""
         facts = manifest.jobs.get(_job_key(self._found.server, job.id))
-        if facts is None or facts.get("updated") != job.updated or facts.get("rule") != self._rule.key:
+        if facts is None or facts.get("updated") != job.updated or facts.get("rule") != self._rule_key(job):
             return False
         for wanted in self.frames_of[job]:
             item = self._items.get(wanted.key)
-            if item is None and wanted.frame.number not in facts.get("empty", ()):
+            if item is None and not any(wanted.frame.number in facts.get(why, ()) for why in self._left_out_frames):
                 return False
             if item is not None and (item.source.get("job") != job.id or not self._is_there(item)):
                 return False
         return True
+
+    def _rule_key(self, job: Job) -> str:
+        """What the masks of a job depend on beside its shapes: the rule, and what the labels' numbers mean."""
+        labels = [[label.id, label.name] for label in self._found.labels[job.task_id]]
+        return _hash([self._rule.key, sorted(labels)])
+
+    def refuse_emptying(self, manifest: Manifest) -> None:
+        """Stop before a mistaken filter, or another project, costs what was fetched.
+
+        Raises:
+            DatasetError: more than half of the items of these tasks would leave.
+        """
+        here = [item for item in self._items.values() if self._is_in_scope(item.source)]
+        gone = self.gone(manifest)
+        if 2 * len(gone) > len(here) and len(gone) > 1:
+            why = ", ".join(f"{count} of {reason}" for reason, count in self._found.jobs_left_out.items())
+            raise DatasetError(
+                f"{len(gone)} of {len(here)} panoramas of these tasks would leave {self._output}: they no longer "
+                f"count ({why or 'their frames or jobs are gone'}). Nothing was changed. If that is right, add "
+                "--remove; otherwise look at --state and --stage."
+            )
 
     def _choose_names(self, manifest: Manifest) -> dict[tuple[int, int], str]:
         """File names of the wanted frames; items keep theirs, so that the order of arrival does not matter."""
@@ -184,29 +212,33 @@ class _Run:
             wanted.key: name for wanted, name in zip(new, names, strict=True)
         }
 
-    def bring(self, task: tuple[Wanted, Sequence[Mapping[str, Any]]]) -> _Done:
-        """Make what a frame with these shapes needs. Called in threads; writes nothing.
+    def bring(self, task: tuple[Wanted, Sequence[Mapping[str, Any]], bool]) -> _Done:
+        """Make what a frame needs of its shapes, and of whether a track or a tag is on it. Called in threads.
 
         Raises:
             ServerError: there is no connection or no login any more, so that the other frames would fail as well.
         """
-        wanted, raws = task
+        wanted, raws, marked = task
         try:
-            return self._bring(wanted, raws)
+            return self._bring(wanted, raws, marked=marked)
         except (ImageError, ServerError, DatasetError) as error:
-            if isinstance(error, ServerError) and error.status in _HOPELESS:
+            if isinstance(error, UnreachableError) or (isinstance(error, ServerError) and error.status in (401, 403)):
                 raise
             where = f"frame {wanted.frame.number} of task {wanted.task.id} ({wanted.frame.name!r:.80})"
             return _Done(wanted, problem=f"{where}: {error}")
 
-    def _bring(self, wanted: Wanted, raws: Sequence[Mapping[str, Any]]) -> _Done:
+    def _bring(self, wanted: Wanted, raws: Sequence[Mapping[str, Any]], *, marked: bool) -> _Done:
         _check_size(wanted.frame)
         rule, old = self._rule, self._items.get(wanted.key)
         labels = {label.id: label.name for label in self._found.labels[wanted.task.id]}
         drawing = painting(raws, label_names=labels, size_hw=wanted.frame.size_hw)
+        if not drawing.shapes and (raws or marked):
+            return _Done(wanted, left_out="unpainted")  # somebody has worked here: it is not "nothing to see"
         if not drawing.shapes and rule.empty == "skip":
-            return _Done(wanted, empty=True)
-        recipe = hashlib.sha256(f"{digest(raws)} {rule.key}".encode()).hexdigest()[:32]
+            return _Done(wanted, left_out="empty")
+        fill = rule.fill_of(drawn=bool(drawing.shapes))
+        painted = sorted({(shape.label, rule.label_id_of(shape.label)) for shape in drawing.shapes})
+        recipe = _hash([RULE_VERSION, digest(raws), painted, fill])
         source = _source(wanted, self._found.server)
         if old is not None and old.recipe == recipe and self._is_there(old):
             return _Done(wanted) if old.source == source else _Done(wanted, item=replace(old, source=source))
@@ -216,7 +248,7 @@ class _Run:
             drawing.shapes,
             size_hw=wanted.frame.size_hw,
             label_id_of=rule.label_id_of,
-            fill=rule.fill_of(drawn=bool(drawing.shapes)),
+            fill=fill,
         )
         sha256 = hashlib.sha256(image).hexdigest()
         item, mask = make_item(
@@ -234,7 +266,8 @@ class _Run:
         """A frame's file, decoded once: a truncated or broken one must not get into the dataset."""
 
         def on_bytes(count: int) -> None:
-            self.bytes += count
+            with self._lock:
+                self.bytes += count
             self.on_bytes()
 
         image = self._server.image(wanted.task.id, wanted.frame.number, on_bytes=on_bytes)
@@ -260,8 +293,8 @@ class _Run:
         if done.problem is not None:
             self.left_out.append(done.problem)
             self._failed_jobs.add(job)
-        elif done.empty:
-            self.empty.setdefault(job, []).append(number)
+        elif done.left_out is not None:
+            self._left_out_frames[done.left_out].setdefault(job, []).append(number)
         elif done.mask is not None:
             self.written += 1
         else:
@@ -270,7 +303,10 @@ class _Run:
     def gone(self, manifest: Manifest) -> list[str]:
         """Names of items that count no more: of the tasks that were looked at, and of tasks that left a project."""
         # A frame whose last shape was deleted is not annotated any more.
-        wanted = {w.key for w in self._found.wanted if w.frame.number not in self.empty.get(w.job.id, ())}
+        bare = list(self._left_out_frames.values())
+        wanted = {
+            w.key for w in self._found.wanted if not any(w.frame.number in frames.get(w.job.id, ()) for frames in bare)
+        }
         return [
             item.name
             for item in manifest.items
@@ -282,7 +318,21 @@ class _Run:
     def _is_in_scope(self, facts: Mapping[str, Any]) -> bool:
         return facts.get("task") in self._found.scope or facts.get("project") in self._found.projects
 
-    def job_records(self, manifest: Manifest) -> dict[str, Mapping[str, Any] | None]:
+    def notes(self, manifest: Manifest, drawn: "_Annotations") -> dict[str, Any]:
+        """What was left out, of jobs that were read now and of those that have not changed."""
+        skipped: Counter[str] = Counter()
+        counts = dict.fromkeys(self._left_out_frames, 0)
+        for job in self.frames_of:
+            facts = manifest.jobs.get(_job_key(self._found.server, job.id))
+            if facts is None:  # one of its frames failed
+                skipped.update(drawn.skipped.get(job.id, {}))
+            else:
+                skipped.update(facts.get("skipped", {}))
+            for why, frames in self._left_out_frames.items():
+                counts[why] += len(frames.get(job.id, [])) if facts is None else len(facts.get(why, ()))
+        return {**counts, "skipped": dict(skipped)}
+
+    def job_records(self, manifest: Manifest, drawn: "_Annotations") -> dict[str, Mapping[str, Any] | None]:
         """What the next run compares with; a job with a frame that failed is looked at again."""
         server = self._found.server
         here = {_job_key(server, job.id) for job in self.frames_of}
@@ -299,8 +349,9 @@ class _Run:
                 "state": job.state,
                 "stage": job.stage,
                 "updated": job.updated,
-                "rule": self._rule.key,
-                "empty": sorted(self.empty.get(job.id, [])),
+                "rule": self._rule_key(job),
+                "skipped": dict(sorted(drawn.skipped.get(job.id, {}).items())),
+                **{why: sorted(frames.get(job.id, [])) for why, frames in self._left_out_frames.items()},
             }
             records[_job_key(server, job.id)] = None if job.id in self._failed_jobs else facts
         return records
@@ -313,6 +364,38 @@ class _Run:
             for item in manifest.items
             if item.source.get("server") == self._found.server and _key(item) in pinned
         }
+
+
+def _move(writer: DatasetWriter, old: str, new: str) -> None:
+    """Let items of a server's old address be those of its new one; what is known of its jobs is looked up again."""
+    for item in writer.manifest.items:
+        if item.source.get("server") == old:
+            writer.stage(replace(item, source={**item.source, "server": new}), image=None, mask=None)
+    writer.set_jobs({key: None for key in writer.manifest.jobs if key.startswith(f"{old}#")})
+
+
+def _refuse_doubles(manifest: Manifest, found: Survey) -> None:
+    """Stop where a server seems to be in the dataset under another address: all its frames would be there twice.
+
+    Raises:
+        DatasetError: names the other address.
+    """
+    wanted = {(*wanted.key, wanted.frame.name) for wanted in found.wanted}
+    others = sorted(
+        {
+            str(item.source["server"])
+            for item in manifest.items
+            if item.source.get("kind") == "cvat"
+            and item.source["server"] != found.server
+            and (*_key(item), item.source.get("name")) in wanted
+        }
+    )
+    if others:
+        raise DatasetError(
+            f"The dataset has these frames from {', '.join(others)} already, and this is {found.server}. If it is the "
+            f"same server, set CVAT_URL as before, or add --server-was {others[0]}; otherwise fetch into another "
+            "folder."
+        )
 
 
 def _check_size(frame: Frame) -> None:
@@ -329,19 +412,29 @@ class _Annotations:
         self._folder = folder
         self._counts: dict[int, dict[int, Counter[int]]] = {}
         self._held: tuple[int, dict[int, list[dict[str, Any]]]] = (-1, {})
-        self.skipped: Counter[str] = Counter()
+        self._marked: dict[int, frozenset[int]] = {}
+        self.skipped: dict[int, Counter[str]] = {}
+        """Job → kind of annotation that makes no mask → how many."""
 
-    def keep(self, job: Job, annotations: Annotations, frames: frozenset[int]) -> None:
-        """Count and store the shapes of the frames that count."""
-        shapes = [shape for shape in annotations.shapes if shape["frame"] in frames]
+    def keep(self, job: Job, annotations: Annotations, frames: Sequence[int]) -> None:
+        """Count and store what is on the frames that count; shapes on others are nobody's business here."""
+        here = frozenset(frames)
+        shapes = [shape for shape in annotations.shapes if shape["frame"] in here]
         counts = self._counts.setdefault(job.id, {})
         for shape in shapes:
             if shape["type"] in PAINTED:
                 counts.setdefault(shape["frame"], Counter())[shape["label_id"]] += 1
-        self.skipped.update(shape["type"] for shape in shapes if shape["type"] not in PAINTED)
-        for kind, count in (("track", annotations.tracks), ("tag", annotations.tags)):
-            self.skipped[kind] += count
+        skipped = Counter(shape["type"] for shape in shapes if shape["type"] not in PAINTED)
+        skipped.update({"track": annotations.tracks, "tag": annotations.tags})
+        self.skipped[job.id] = +skipped
+        start = annotations.track_start
+        tracked = frozenset(number for number in here if start is not None and number >= start)
+        self._marked[job.id] = tracked | (annotations.tag_frames & here)
         (self._folder / f"{job.id}.json").write_text(json.dumps(shapes), encoding="utf-8")
+
+    def is_marked(self, wanted: Wanted) -> bool:
+        """Whether a track or a tag is on the frame."""
+        return wanted.frame.number in self._marked[wanted.job.id]
 
     def of(self, wanted: Wanted) -> list[dict[str, Any]]:
         """The shapes of a frame, in the server's order. Ask job by job, from one thread."""
@@ -381,6 +474,10 @@ def _source(wanted: Wanted, server: str) -> Source:
 def _key(item: ManifestItem) -> tuple[int, int]:
     task, frame = item.source.get("task"), item.source.get("frame")
     return (task, frame) if isinstance(task, int) and isinstance(frame, int) else (-1, -1)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def _job_key(server: str, job: int) -> str:

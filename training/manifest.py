@@ -230,6 +230,11 @@ def settle_if_free(path: Path) -> None:
         settle(path)
 
 
+def _outside_name(item: ManifestItem) -> str:
+    """The file name where the item comes from."""
+    return str(item.source.get("name") or item.source.get("member") or item.image)
+
+
 class DatasetWriter:
     """The one that changes a data set: stage items, then commit them together.
 
@@ -386,6 +391,23 @@ class DatasetWriter:
             else:
                 self._jobs[key] = dict(facts)
                 self._job_lines[key] = _pair_line(key, facts)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is needed until the writer closes; opening the dataset again clears what a crash left."""
+        folder = self._path / _STAGED / "scratch"
+        with _writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def require_groups(self, plan: SplitPlan, names: Iterable[str] = ()) -> None:
+        """Check that every item, and every file name still to come, has a group.
+
+        Raises:
+            DatasetError: the plan's rule is an expression that does not match some of them.
+        """
+        known = (_outside_name(item) for _, item in sorted(self._items.items()))
+        require_match(plan.group_by, list(dict.fromkeys([*known, *names])))
 
     def freeze_splits(self, plan: SplitPlan, *, pinned: Mapping[str, Split] | None = None) -> Assignment:
         """Give every item that has none a split, in groups by the plan's rule; the next commit writes it.

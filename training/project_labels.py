@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sscloud.labels import Label, LabelSchema
+from sscloud.labels import Label, LabelSchema, name_key
 from sscloud.shapes import ATTRIBUTES
 from training.cvat import ProjectLabel
 
@@ -46,12 +46,12 @@ def match_labels(
     exact = {label.name: label for label in labels}
     loose: dict[str, ProjectLabel] = {}
     for label in labels:
-        loose.setdefault(_key(label.name), label)
+        loose.setdefault(name_key(label.name), label)
     found = {}
     for name in names:
         known = schema.find(name)
         spellings = (name, known.name, *known.aliases) if known else (name,)
-        candidates = [exact.get(name), *(loose.get(_key(spelling)) for spelling in spellings)]
+        candidates = [exact.get(name), *(loose.get(name_key(spelling)) for spelling in spellings)]
         drawable = [label for label in candidates if label is not None and label.type in DRAWABLE]
         if drawable:
             found[name] = drawable[0]
@@ -68,11 +68,11 @@ def plan_labels(schema: LabelSchema, labels: Sequence[ProjectLabel]) -> list[Lab
         The schema's labels in their order, then the project's others.
     """
     met = match_labels([label.name for label in schema.labels], labels, schema=schema)
-    by_key = {_key(label.name): label for label in labels}
+    by_key = {name_key(label.name): label for label in labels}
     plans = []
     used = {label.id for label in met.values()}
     for label in schema.labels:
-        blocked = by_key.get(_key(label.name))
+        blocked = by_key.get(name_key(label.name))
         if label.name in met:
             plans.append(_change(label, met[label.name]))
         elif blocked is not None:
@@ -101,7 +101,7 @@ def _change(label: Label, old: ProjectLabel) -> LabelPlan:
     details = [f"attribute {name}" for name in missing]
     if old.color.lower() != _color(label):
         details.insert(0, f"colour {old.color or 'none'} → {_color(label)}")
-    notes = [] if _key(old.name) == _key(label.name) else [f"means {label.name}"]
+    notes = [] if name_key(old.name) == name_key(label.name) else [f"means {label.name}"]
     notes += [
         f"its attribute {name} takes no free text, so it stays empty"
         for name in ATTRIBUTES
@@ -128,10 +128,6 @@ def _color(label: Label) -> str:
     return "#{:02x}{:02x}{:02x}".format(*label.color)
 
 
-def _key(name: str) -> str:
-    return " ".join(name.split()).casefold()
-
-
 def schema_of(labels: Sequence[ProjectLabel], *, like: LabelSchema) -> LabelSchema:
     """A label schema of a project's names and colours.
 
@@ -149,7 +145,7 @@ def schema_of(labels: Sequence[ProjectLabel], *, like: LabelSchema) -> LabelSche
     free = (number for number in range(1, 256) if number not in ids)
     for label in labels:
         known = like.find(label.name)
-        key = known.name if known else " ".join(label.name.split()).casefold()
+        key = known.name if known else name_key(label.name)
         if key in seen:
             continue
         seen.add(key)

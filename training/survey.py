@@ -10,7 +10,6 @@ from tqdm import tqdm
 from sscloud.errors import ServerError
 from training.cvat import Frame, Job, ProjectLabel, Server, Task
 
-STATES: Final = ("new", "in progress", "completed", "rejected")
 STAGES: Final = ("annotation", "validation", "acceptance")
 
 
@@ -59,6 +58,8 @@ class Survey:
     """Why → jobs."""
     doubles: int
     """Frames in several jobs; the first one's shapes are taken."""
+    not_images: int
+    """Tasks left out, because they are videos or point clouds."""
 
 
 def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Survey:
@@ -72,10 +73,13 @@ def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Surv
         tasks[number] = tasks.get(number) or server.task(number)
     wanted: dict[tuple[int, int], Wanted] = {}
     left_out: Counter[str] = Counter()
-    doubles = 0
+    doubles = not_images = 0
     labels: dict[int, tuple[ProjectLabel, ...]] = {}
     by_project: dict[int, tuple[ProjectLabel, ...]] = {}
     for task in tqdm([tasks[number] for number in sorted(tasks)], "Tasks", unit="task", disable=quiet or None):
+        if not task.images:
+            not_images += 1
+            continue
         jobs = []
         for job in server.jobs(task.id):
             reason = _left_out(job, selection)
@@ -108,6 +112,7 @@ def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Surv
         labels=labels,
         jobs_left_out=dict(left_out),
         doubles=doubles,
+        not_images=not_images,
     )
 
 

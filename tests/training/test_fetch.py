@@ -189,12 +189,16 @@ def test_the_dataset_follows_states_and_deleted_frames_and_remembers_splits(
     world = make_world(cvat_server.site, frames=5)
     plan = {"validation": 20, "test": 20}
     first = run(server, tmp_path / "data", world, plan=plan)
+    before = tree(tmp_path / "data")
     splits = {item.image_sha256: item.split for item in first.manifest.items}
     assert {"train", "validation", "test"} == set(splits.values())
     cvat_server.set_job(world.jobs[0], state="in progress")
     with cvat_server.site.client() as client:
         client.tasks.retrieve(world.tasks[1]).remove_frames_by_ids([3])
-    second = run(server, tmp_path / "data", world, plan=plan)
+    with pytest.raises(DatasetError, match=r"6 of 10 panoramas .* would leave .*1 of state in progress.*--remove"):
+        run(server, tmp_path / "data", world, plan=plan)
+    assert tree(tmp_path / "data") == before
+    second = run(server, tmp_path / "data", world, plan=plan, remove=True)
     assert len(second.manifest.items) == 4
     assert sorted(second.removed) == sorted(
         i.name for i in first.manifest.items if i.source["task"] == world.tasks[0] or i.source["frame"] == 3
@@ -326,7 +330,16 @@ def test_passing_faults_are_waited_for(cvat_server: CvatStandin, server: Server,
         (Truncated(20), "not JSON"),
         (Body(b"[1, 2]"), "no annotations"),
         (Body(b'{"shapes": 5}'), "no usable list 'shapes'"),
-        (Body(b'{"shapes": [{"type": "mask"}]}'), "no whole number 'frame'"),
+        (Body(b'{"shapes": [{"type": "mask"}]}'), "no whole number 'id'"),
+        (Body(b'{"shapes": [{"type": "mask", "id": 1}]}'), "no whole number 'frame'"),
+        (Body(b'{"shapes": [{"type": "\x1b[31m"}]}'), "not JSON"),
+        (Body(b'{"shapes": [{"type": "\\u001b[31m"}]}'), "a shape of type"),
+        (
+            Body(
+                b'{"shapes": [{"type": "mask", "id": 1, "frame": 0, "label_id": 1, "points": [], "attributes": ["x"]}]}'
+            ),
+            "no usable list 'attributes'",
+        ),
         (Status(404), "there is none that this user can see"),
     ],
     ids=str,
@@ -414,21 +427,112 @@ def test_what_makes_no_mask_is_counted(cvat_site: Site, tmp_path: Path) -> None:
         )
     with Server.connect(account(cvat_site)) as server:
         summary = run(server, tmp_path / "data", world)
-    assert summary.skipped == {"polyline": 1, "points": 1, "track": 1}
-    assert summary.written == 2
+        again = run(server, tmp_path / "data", world)
+    assert summary.skipped == again.skipped == {"polyline": 1, "points": 1, "track": 1}
+    assert (summary.written, again.written) == (2, 0)
+
+
+def test_a_frame_with_only_lines_is_not_taken_for_empty(cvat_site: Site, tmp_path: Path) -> None:
+    world = make_world(cvat_site, tasks=1, frames=3)
+    with cvat_site.client() as client:
+        client.jobs.retrieve(world.jobs[0]).remove_annotations()
+        line = {"type": "polyline", "label_id": world.labels["Земля"], "frame": 1, "points": [1.0, 1.0, 9.0, 9.0]}
+        add_shapes(client, world.jobs[0], [mask(world.labels["Земля"], 0, ground()), line])
+    with Server.connect(account(cvat_site)) as server:
+        summary = run(server, tmp_path / "data", world, rule={"empty": "background"})
+        again = run(server, tmp_path / "data", world, rule={"empty": "background"})
+    assert {item.source["frame"] for item in summary.manifest.items} == {0, 2}
+    assert (summary.unpainted, again.unpainted, again.written) == (1, 1, 0)
+
+
+def test_a_renamed_label_is_noticed(cvat_site: Site, tmp_path: Path) -> None:
+    world = make_world(cvat_site, tasks=1)
+    with Server.connect(account(cvat_site)) as server, cvat_site.client() as client:
+        run(server, tmp_path / "data", world)
+        for name, other in (("Здание", "Сарай"), ("Растительность", "Здание"), ("Сарай", "Растительность")):
+            number = label_ids(client, world.project)[name]
+            server.patch_labels(world.project, [{"id": number, "name": other}])
+        summary = run(server, tmp_path / "data", world)
+        fresh = run(server, tmp_path / "fresh", world)
+    assert summary.written == 1
+    assert tree(tmp_path / "data") == tree(tmp_path / "fresh")
+    assert fresh.manifest.items[0].pixels[5] == 256
+
+
+def test_a_server_under_another_address_is_noticed(cvat_server: CvatStandin, server: Server, tmp_path: Path) -> None:
+    world = make_world(cvat_server.site)
+    run(server, tmp_path / "data", world)
+    other = Account(
+        url=cvat_server.url.replace("127.0.0.1", "localhost"),
+        username=cvat_server.site.username,
+        password=cvat_server.site.password,
+    )
+    with Server.connect(other) as renamed:
+        with pytest.raises(DatasetError, match=rf"from {server.url} already.*--server-was {server.url}"):
+            run(renamed, tmp_path / "data", world)
+        cvat_server.forget()
+        moved = run(renamed, tmp_path / "data", world, server_was=server.url)
+    assert cvat_server.count("GET", r"/data/?$") == 0
+    assert {item.source["server"] for item in moved.manifest.items} == {renamed.url}
+    assert len(moved.manifest.items) == 4
+
+
+def test_a_video_costs_only_itself(cvat_server: CvatStandin, server: Server, tmp_path: Path) -> None:
+    world = make_world(cvat_server.site)
+    cvat_server.store.tasks[world.tasks[0]].mode = "interpolation"
+    summary = run(server, tmp_path / "data", world)
+    assert summary.survey.not_images == 1
+    assert {item.source["task"] for item in summary.manifest.items} == {world.tasks[1]}
+
+
+def test_an_address_with_secrets_is_refused_without_repeating_them() -> None:
+    for url in ("http://bob:s3cret@host", "http://host/?token=s3cret", "https://host/#s3cret", "bob:s3cret@host"):
+        with pytest.raises(ConfigError, match="more than an address") as refused:
+            Server.connect(Account(url=url, token="t"))
+        assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("body", [b"<html>Sign in</html>", b"[]", b'"x"'], ids=["html", "list", "text"])
+def test_a_login_that_is_none_is_one_message(cvat_server: CvatStandin, body: bytes) -> None:
+    cvat_server.fail("POST", r"/auth/login", Body(body), times=None)
+    with pytest.raises(ServerError, match="something else than CVAT"):
+        Server.connect(account(cvat_server.site))
+
+
+def test_a_lost_login_is_tried_again(cvat_server: CvatStandin) -> None:
+    cvat_server.fail("POST", r"/auth/login", Drop(after=None), times=1)
+    with Server.connect(account(cvat_server.site)) as server:
+        assert server.user() == cvat_server.site.username
+
+
+@pytest.mark.parametrize("fault", [Status(502), Status(429, retry_after=0), Drop(after=3)], ids=str)
+def test_an_export_survives_passing_faults(
+    cvat_server: CvatStandin, server: Server, tmp_path: Path, fault: Any
+) -> None:
+    world = make_world(cvat_server.site, tasks=1)
+    cvat_server.add_export("project", world.project, "LabelMe 3.0", b"archive" * 1000)
+    cvat_server.fail("*", r"/dataset/export", fault, times=1)
+    cvat_server.fail("GET", r"/api/requests", fault, times=1)
+    cvat_server.fail("GET", r"download", fault, times=1)
+    seen: list[int] = []
+    server.export(tmp_path / "a.zip", format_name="LabelMe 3.0", project_id=world.project, on_bytes=seen.append)
+    assert (tmp_path / "a.zip").read_bytes() == b"archive" * 1000
+    assert sum(seen) == 7000
 
 
 def test_a_changed_schema_paints_anew_without_downloading(
     cvat_server: CvatStandin, server: Server, tmp_path: Path
 ) -> None:
     world = make_world(cvat_server.site, tasks=1)
-    run(server, tmp_path / "data", world)
+    small = LabelSchema.default().to_dict()
+    small["labels"] = [label for label in small["labels"] if label["id"] != 6]
+    rule = {"unknown": "void"}
+    run(server, tmp_path / "data", world, schema=LabelSchema.from_dict(small, source="test"), rule=rule)
     cvat_server.forget()
-    merged = LabelSchema.default().to_dict()
-    merged["labels"] = [label for label in merged["labels"] if label["id"] != 5]
-    summary = run(server, tmp_path / "data", world, schema=LabelSchema.from_dict(merged, source="test"))
+    summary = run(server, tmp_path / "data", world)
     assert cvat_server.count("GET", r"/data/?$") == 0
-    assert summary.written == 2
+    assert (summary.written, summary.unchanged) == (1, 1)
+    assert read_label_map(tmp_path / "data/masks/0_normals.png")[5, 5] == 6
 
 
 def test_grouping_by_the_file_name_is_checked_before_anything_is_downloaded(

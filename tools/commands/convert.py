@@ -74,6 +74,7 @@ def convert_and_print(
     *,
     skip_broken: bool = False,
     overwrite: bool = False,
+    origin: str | None = None,
 ) -> int:
     """Convert one archive and print a summary; returns the exit status.
 
@@ -83,6 +84,7 @@ def convert_and_print(
         schema: of the masks.
         skip_broken: convert the other images when some cannot be read.
         overwrite: replace items of the dataset that differ.
+        origin: what the archive is an export of; None: its own name.
     """
     from training.formats.convert import convert_archive
     from training.manifest import read_manifest
@@ -97,13 +99,14 @@ def convert_and_print(
         plan=plan_from(args, before.plan if before else None),
         skip_broken=skip_broken,
         overwrite=overwrite,
+        origin=origin,
         progress=True,
     )
-    _print(summary, archive, args, schema)
+    _print(summary, origin or str(archive), args, schema)
     return 1 if summary.broken else 0
 
 
-def _print(summary: "Summary", archive: Path, args: argparse.Namespace, schema: "LabelSchema") -> None:
+def _print(summary: "Summary", archive: str, args: argparse.Namespace, schema: "LabelSchema") -> None:
     print(f"{archive} ({summary.layout}) → {args.output}   snapshot {summary.manifest.snapshot}")
     print(f"  images  {summary.images:>8}   ({summary.unchanged} were there already)")
     print(f"  shapes  {summary.shapes:>8}")

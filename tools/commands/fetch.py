@@ -3,12 +3,13 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.rule_arguments import add_labels_argument, add_rule_arguments, schema_for
-from tools.server_arguments import CREDENTIALS, add_server_arguments, open_server
+from tools.server_arguments import CREDENTIALS, STAGES, STATES, add_server_arguments, open_server
 from tools.split_arguments import add_split_arguments, plan_from, split_lines
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--state",
         action="append",
-        choices=("new", "in progress", "completed", "rejected"),
+        choices=STATES,
         help="state of the jobs whose frames count; can be repeated (default: completed)",
     )
     which.add_argument(
         "--stage",
         action="append",
-        choices=("annotation", "validation", "acceptance"),
+        choices=STAGES,
         help="stage of the jobs whose frames count; can be repeated (default: any)",
     )
     which.add_argument(
@@ -83,6 +84,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_rule_arguments(parser)
     add_split_arguments(parser)
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="go on when more than half of the panoramas of these tasks would leave the dataset; without it the "
+        "command stops, because a mistaken --state is more likely",
+    )
+    parser.add_argument(
+        "--server-was",
+        metavar="URL",
+        help="the address under which this server is in the dataset, if it has another one now",
+    )
     parser.add_argument(
         "--parallel", type=_parallel, default=4, metavar="N", help="frames in flight at a time, 1 to 16 (default: 4)"
     )
@@ -116,13 +128,9 @@ def _schema(args: argparse.Namespace, server: "Server") -> "LabelSchema":
     if args.labels_from_project:
         if own.is_file():
             raise ConfigError(f"{own} exists already. Leave --labels-from-project out, or fetch into a new folder.")
-        projects = [*args.project, *(server.task(number).project_id for number in args.task)]
-        labels = [
-            label
-            for number in dict.fromkeys(projects)
-            for label in (server.labels(project_id=number) if number is not None else [])
-        ]
-        return schema_of(labels or server.labels(task_id=args.task[0]), like=LabelSchema.default())
+        labels = [label for number in args.project for label in server.labels(project_id=number)]
+        labels += [label for number in args.task for label in server.labels(task_id=number)]
+        return schema_of(labels, like=LabelSchema.default())
     return schema_for(args.labels, args.output)
 
 
@@ -145,6 +153,8 @@ def _fetch(args: argparse.Namespace, server: "Server", schema: "LabelSchema") ->
         ),
         rule=Rule(schema=schema, unknown=args.unknown, empty=args.empty),
         plan=plan_from(args, before.plan if before else None),
+        remove=args.remove,
+        server_was=args.server_was,
         parallel=args.parallel,
     )
     _print(summary, args, server, schema)
@@ -181,9 +191,13 @@ def _warnings(summary: "Summary", args: argparse.Namespace, schema: "LabelSchema
             f"{summary.empty} frame(s) of these jobs have no shape and were left out. If they show nothing to label, "
             "take them with --empty background (or void)."
         )
+    if summary.unpainted:
+        lines.append(f"{summary.unpainted} frame(s) were left out, because nothing that is on them makes a mask.")
     if summary.skipped:
         kinds = ", ".join(f"{count} of type {kind}" for kind, count in sorted(summary.skipped.items()))
         lines.append(f"left out, because only shapes that cover an area of a single frame make a mask: {kinds}")
+    if found.not_images:
+        lines.append(f"{found.not_images} task(s) were left out, because they are no images but videos or point clouds")
     if found.doubles:
         lines.append(f"{found.doubles} frame(s) lie in several jobs; the shapes of the first job are used")
     if summary.unknown:
@@ -205,26 +219,34 @@ def _warnings(summary: "Summary", args: argparse.Namespace, schema: "LabelSchema
 def _export(args: argparse.Namespace, server: "Server", schema: "LabelSchema") -> int:
     from tqdm import tqdm
 
+    from sscloud.errors import ConfigError
     from tools.commands import convert
 
+    defaults = {"state": None, "stage": None, "ground_truth": "skip", "remove": False, "server_was": None}
+    ignored = [flag for flag, default in defaults.items() if getattr(args, flag) != default]
+    if ignored:
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in ignored)
+        raise ConfigError(f"{flags} cannot be used with --export: CVAT exports every frame. Leave one of them out.")
     status = 0
     wanted = [*(("project", number) for number in args.project), *(("task", number) for number in args.task)]
     with tempfile.TemporaryDirectory(prefix="sscloud-export-") as folder:
         for kind, number in wanted:
             path = Path(folder) / f"{kind}-{number}.zip"
             with tqdm(desc=f"{args.export}, {kind} {number}", unit="B", unit_scale=True, disable=None) as bar:
-                server.export(path, format_name=args.export, on_bytes=_shown_on(bar), **{f"{kind}_id": number})
-            status = max(status, convert.convert_and_print(path, args, schema, overwrite=True))
+                server.export(
+                    path,
+                    format_name=args.export,
+                    on_bytes=partial(_show, bar),
+                    **{f"{kind}_id": number},
+                )
+            origin = f"{server.url} {kind} {number}"
+            status = max(status, convert.convert_and_print(path, args, schema, origin=origin))
             path.unlink()
     return status
 
 
-def _shown_on(bar: Any) -> Callable[[int, int | None], None]:
-    def on_bytes(count: int, total: int | None) -> None:
-        bar.total = total
-        bar.update(count)
-
-    return on_bytes
+def _show(bar: Any, count: int) -> None:
+    bar.update(count)
 
 
 def _listed(names: Mapping[str, int] | list[str] | tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.server_arguments import CREDENTIALS, add_server_arguments, open_server
+from tools.server_arguments import CREDENTIALS, STATES, add_server_arguments, open_server
 
 if TYPE_CHECKING:
     from sscloud.labels import LabelSchema
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--state",
         action="append",
-        choices=("new", "in progress", "completed", "rejected"),
+        choices=STATES,
         help="state of the jobs; can be repeated (default: new and in progress)",
     )
     local = parser.add_argument_group("with --via local")

@@ -11,7 +11,7 @@ from typing import Final
 from tqdm import tqdm
 
 from sscloud.errors import ArchiveError, DatasetError
-from sscloud.labels import LabelSchema
+from sscloud.labels import LabelSchema, name_key
 from training.formats import camvid, cityscapes, coco, cvat_xml, datumaro, labelme, layout, segmentation_mask
 from training.formats.archive import ZipArchive
 from training.formats.entry import Contents, Entry, Item, read_entry
@@ -19,7 +19,7 @@ from training.manifest import DatasetWriter, Manifest, ManifestItem, make_item
 from training.names import dataset_names, stem_key
 from training.rasterise import RULE_VERSION, EllipseShape, MaskShape, RunLengthShape, Shape, rasterise
 from training.rule import Empty, Rule, Stranger, Unknown, require_known
-from training.splits import Assignment, Source, SplitPlan, group_key, require_match
+from training.splits import Assignment, Source, SplitPlan, group_key
 
 READERS: Final[Mapping[str, ModuleType]] = {
     layout.CVAT_IMAGES: cvat_xml,
@@ -68,6 +68,7 @@ def convert_archive(
     plan: SplitPlan | None = None,
     skip_broken: bool = False,
     overwrite: bool = False,
+    origin: str | None = None,
     progress: bool = False,
 ) -> Summary:
     """Convert an archive that CVAT exported into a dataset folder, new or already in use.
@@ -85,6 +86,8 @@ def convert_archive(
         plan: how the new items are split; None for the dataset's own plan.
         skip_broken: convert the other images when some cannot be read.
         overwrite: replace items of the dataset that differ.
+        origin: what the archive is an export of; items of the same origin are replaced even without `overwrite`. None:
+            the archive's own name says where items come from.
         progress: show a progress bar on stderr when that is a terminal.
 
     Raises:
@@ -102,8 +105,8 @@ def convert_archive(
         require_known(strangers, rule, source=str(archive))
         with DatasetWriter(output, schema=schema) as writer:
             plan = plan or writer.manifest.plan or SplitPlan()
-            require_match(plan.group_by, [entry.name for entry in contents.entries])
-            work = _Conversion(opened, str(found), contents, writer, rule=rule, plan=plan)
+            writer.require_groups(plan, [entry.name for entry in contents.entries])
+            work = _Conversion(opened, str(found), contents, writer, rule=rule, plan=plan, origin=origin)
             work.run(progress=progress)
             work.require_success(skip_broken=skip_broken)
             work.require_room(output, overwrite=overwrite)
@@ -124,13 +127,16 @@ class _Conversion:
         *,
         rule: Rule,
         plan: SplitPlan,
+        origin: str | None,
     ) -> None:
+        self._origin = origin
         self._archive, self._layout, self._contents, self._writer = archive, found, contents, writer
         self._rule, self._plan = rule, plan
         self._broken = [str(error) for error in contents.broken]
         self._items: list[ManifestItem] = []
         self._in_the_way: list[str] = []
         self._empty: list[str] = []
+        self._unpainted: list[str] = []
         self._renamed: list[str] = []
         self._skipped: dict[str, Counter[str]] = {}
         self._unchanged = self._shapes = self._deleted = 0
@@ -147,14 +153,16 @@ class _Conversion:
                 self._broken.append(str(error))
                 continue
             self._note(entry, name, item)
-            if item.shapes or self._rule.empty != "skip":
+            if item.shapes or (self._rule.empty != "skip" and not entry.skipped):
                 self._stage(entry, name, item)
 
     def _note(self, entry: Entry, name: str, item: Item) -> None:
         self._deleted += entry.deleted
         for kind, count in entry.skipped.items():
             self._skipped.setdefault(kind, Counter())[name] += count
-        if not item.shapes:
+        if not item.shapes and entry.skipped:
+            self._unpainted.append(name)
+        elif not item.shapes:
             self._empty.append(name)
         elif stem_key(name) != stem_key(entry.name):
             self._renamed.append(f"{entry.image} → {name}")
@@ -164,7 +172,7 @@ class _Conversion:
         raster = rasterise(item.shapes, size_hw=item.size_hw, label_id_of=self._rule.label_id_of, fill=fill)
         source: Source = {
             "kind": "archive",
-            "archive": self._archive.path.name,
+            "archive": self._origin or self._archive.path.name,
             "format": self._layout,
             "member": entry.image,
             "name": entry.name,
@@ -194,9 +202,11 @@ class _Conversion:
         if old.image == made.image and same_image and same_mask:
             self._unchanged += 1
             return
-        if not same_image:
+        if self._origin is not None and old.source.get("archive") == self._origin:
+            pass  # a newer export of the same frames
+        elif not same_image:
             self._in_the_way.append(f"imgs/{made.image}")
-        if not same_mask:
+        elif not same_mask:
             self._in_the_way.append(f"masks/{made.mask}")
         replaced_image = None if same_image and old.image == made.image else item.image
         self._writer.stage(made, image=replaced_image, mask=None if same_mask else mask)
@@ -278,6 +288,7 @@ class _Conversion:
         left_out = self._rule.empty == "skip"
         what = "left out; --empty takes them" if left_out else f"taken as all {self._rule.empty}"
         yield from _listing(f"without shapes, {what}", self._empty)
+        yield from _listing("with shapes of which none makes a mask, left out", self._unpainted)
         yield from _listing("renamed, because the name is taken or not a safe file name", self._renamed)
         yield from _listing("without annotations, not converted", self._contents.without_annotations)
 
@@ -328,11 +339,11 @@ def _unknown_labels(entries: Iterable[Entry], schema: LabelSchema) -> list[Stran
     images: Counter[str] = Counter()
     spelling: dict[str, str] = {}
     for entry in entries:
-        here = Counter(" ".join(name.split()).casefold() for name in entry.labels if schema.find(name) is None)
+        here = Counter(name_key(name) for name in entry.labels if schema.find(name) is None)
         shapes.update(here)
         images.update(here.keys())
         for name in entry.labels:
-            spelling.setdefault(" ".join(name.split()).casefold(), name)
+            spelling.setdefault(name_key(name), name)
     return [Stranger(name=spelling[key], shapes=count, images=images[key]) for key, count in shapes.most_common()]
 
 

@@ -502,7 +502,7 @@ def _show_task(call: Call, task: Task) -> Json:
         "status": "completed" if jobs and len(done) == len(jobs) else "annotation",
         "guide_id": None,
         "dimension": "2d",
-        "mode": "annotation" if task.frames else "",
+        "mode": task.mode if task.frames else "",
         "media_type": "image",
         "subset": task.subset,
         "organization": task.organization,

@@ -98,6 +98,8 @@ class Task:
     organization: int | None
     subset: str = ""
     replicas: int = 0
+    mode: str = "annotation"
+    """`interpolation` for a video."""
     bug_tracker: str = ""
     frames: list[Frame] = field(default_factory=list)
     deleted: set[int] = field(default_factory=set)

@@ -412,3 +412,25 @@ def test_help_teaches_by_example() -> None:
     shown = command_line("--help")
     assert shown.returncode == 0
     assert "sscloud convert street.zip -o dataset --unknown void" in shown.stdout
+
+
+def test_only_items_of_the_same_origin_are_replaced_unasked(tmp_path: Path) -> None:
+    convert(tmp_path, pair("a", square("Земля", 0, 0, 64, 32)), origin="https://cvat task 1")
+    before = mask(tmp_path, "a").copy()
+    convert(tmp_path, pair("a", square("Здание", 0, 0, 64, 32)), origin="https://cvat task 1")
+    assert not np.array_equal(mask(tmp_path, "a"), before)
+    after = tree(tmp_path / "data")
+    with pytest.raises(DatasetError, match="already has 1 of these files with other content"):
+        convert(tmp_path, pair("a", square("Земля", 0, 0, 64, 32)), origin="https://cvat task 2")
+    assert tree(tmp_path / "data") == after
+
+
+def test_an_image_with_only_lines_is_not_taken_for_empty(tmp_path: Path) -> None:
+    xml = (
+        '<annotations><image id="0" name="a.jpg" width="128" height="64"><polyline label="Земля" points="1,1;2,2"/>'
+        '</image><image id="1" name="b.jpg" width="128" height="64"></image></annotations>'
+    )
+    members = {"annotations.xml": xml, "images/a.jpg": jpeg(), "images/b.jpg": jpeg(80)}
+    summary = convert(tmp_path, members, empty="background")
+    assert [item.name for item in summary.manifest.items] == ["b"]
+    assert any("none makes a mask, left out: a.jpg" in warning for warning in summary.warnings)
