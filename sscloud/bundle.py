@@ -213,6 +213,8 @@ class ModelBundle:
     @staticmethod
     def _manifest(path: Path) -> Manifest:
         file = path / MANIFEST
+        if (path / "bundle" / MANIFEST).is_file() and not file.exists():
+            raise BundleError(f"{path} is no bundle, but the run that made one. Name {path / 'bundle'}.")
         if not path.is_dir():
             raise BundleError(
                 f"{path} is no bundle: a folder with {MANIFEST} and {WEIGHTS} was expected. `sscloud train` and "

@@ -121,7 +121,8 @@ def find_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"The device {name!r} cannot be used here: {str(error).splitlines()[0]} Use --device cpu or auto."
+            f"The device {name!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Use --device cpu or "
+            "auto."
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"Devices of type {device.type!r} are not supported, only cpu and cuda. Use --device auto.")

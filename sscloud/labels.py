@@ -264,7 +264,7 @@ def _label(entry: object, position: int, source: str) -> Label:
         name=re.sub(r"\s+", " ", name).strip(),
         id=label_id,
         aliases=tuple(aliases),
-        color=_color(data["color"], source, where) if "color" in data else _default_color(label_id),
+        color=_color(data["color"], source, where) if "color" in data else default_color(label_id),
         background=background,
     )
 
@@ -281,7 +281,8 @@ def _color(value: object, source: str, where: str) -> tuple[int, int, int]:
     raise SchemaError(f"{source}: 'color' of {where} must look like \"#3f9b46\" (in quotes), found {value!r}.")
 
 
-def _default_color(label_id: int) -> tuple[int, int, int]:
+def default_color(label_id: int) -> tuple[int, int, int]:
+    """The colour of a label whose schema states none."""
     """A colour for a label that names none: bits of the id spread over the channels, as in PASCAL VOC's palette."""
     channels = [0, 0, 0]
     code = label_id

@@ -154,7 +154,7 @@ def deploy(config: DeployConfig, *, say: Say, now: datetime.datetime | None = No
     previous = nuctl.previous(function.name)
     port = config.port
     if local:
-        container = f"nuclio-{config.namespace}-{function.name}"
+        container = container_name(function.name, namespace=config.namespace)
         wanted = config.port or function.port or (previous.port if previous is not None else None)
         port = choose_port(docker, wanted, container=container)
     nuctl.ensure_project()
@@ -196,9 +196,8 @@ def _see_it_answer(
 
 def _go_back(nuctl: "Nuctl", function: Function, previous: Previous | None) -> str:
     """Deploy the previous function again; returns what people are to know of it."""
-    logs = f"What the function wrote: docker logs nuclio-{nuctl.namespace}-{function.name}"
-    if nuctl.platform == "kube":
-        logs = f"What the function wrote: kubectl logs -n {nuctl.namespace} -l nuclio.io/function-name={function.name}"
+    docker, kubernetes = log_commands(function.name, namespace=nuctl.namespace)
+    logs = f"What the function wrote: {kubernetes if nuctl.platform == 'kube' else docker}"
     if previous is None or not previous.worked:
         return f"No function {function.name} ran before, so there is none to bring back. {logs}"
     nuctl.say(f"That failed. Bringing the previous image back: {previous.image}")
@@ -211,6 +210,19 @@ def _go_back(nuctl: "Nuctl", function: Function, previous: Previous | None) -> s
         except DeployError as error:
             return f"The previous image {previous.image} could not be brought back either: {error}"
     return f"The previous image runs again: {previous.image}."
+
+
+def log_commands(name: str, *, namespace: str) -> tuple[str, str]:
+    """The commands that show what a function wrote: with Docker, on Kubernetes."""
+    return (
+        f"docker logs {container_name(name, namespace=namespace)}",
+        f"kubectl logs -n {namespace} -l nuclio.io/function-name={name}",
+    )
+
+
+def container_name(name: str, *, namespace: str) -> str:
+    """What Nuclio calls a function's container."""
+    return f"nuclio-{namespace}-{name}"
 
 
 def read_folder(folder: Path, *, gpu: bool) -> Function:
@@ -559,9 +571,9 @@ class Nuctl:
         data = self.status(name)
         if data is None:
             return None
-        metadata, spec, status = (_object(data.get(key)) for key in ("metadata", "spec", "status"))
-        triggers = (_object(trigger) for trigger in _object(spec.get("triggers")).values())
-        ports = (_port(_object(trigger.get("attributes")).get("port")) for trigger in triggers)
+        metadata, spec, status = (json_object(data.get(key)) for key in ("metadata", "spec", "status"))
+        triggers = (json_object(trigger) for trigger in json_object(spec.get("triggers")).values())
+        ports = (_port(json_object(trigger.get("attributes")).get("port")) for trigger in triggers)
         kept = {key: metadata[key] for key in ("name", "namespace", "labels", "annotations") if key in metadata}
         return Previous(
             config={"metadata": kept, "spec": {**spec, "build": {"mode": "neverBuild"}}},
@@ -580,7 +592,7 @@ class Nuctl:
             self.stream(["create", "project", PROJECT], f"The Nuclio project {PROJECT} could not be made.")
 
     def wait_until_ready(self, name: str, within: float) -> int | None:
-        """Wait until Nuclio calls a function ready.
+        """Wait until Nuclio calls a function ready. A nuctl that fails in between is asked again.
 
         Args:
             name: the function.
@@ -594,7 +606,14 @@ class Nuctl:
         """
         end = time.monotonic() + within
         while True:
-            status = _object((self.status(name) or {}).get("status"))
+            try:
+                data = self.status(name)
+            except DeployError as error:
+                if time.monotonic() > end:
+                    raise DeployError(f"Whether the function is ready cannot be seen. {error}") from error
+                time.sleep(_PAUSE)
+                continue
+            status = json_object((data or {}).get("status"))
             state = status.get("state", "absent")
             if state == "ready":
                 return _port(status.get("httpPort"))
@@ -619,7 +638,8 @@ class Nuctl:
         return done.stdout.partition("> Response body:")[2].encode()
 
 
-def _object(value: Any) -> dict[str, Any]:
+def json_object(value: Any) -> dict[str, Any]:
+    """`value` if it is a JSON object, else an empty one: for what others wrote."""
     return value if isinstance(value, dict) else {}
 
 

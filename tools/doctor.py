@@ -7,6 +7,7 @@ and goes on.
 import contextlib
 import http.client
 import json
+import re
 import shutil
 import socket
 import time
@@ -18,7 +19,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sscloud.bundle import ModelBundle
 from sscloud.errors import BundleError, ConfigError, DeployError, ServerError
-from tools.deploy import NAMESPACE, PROJECT, ask, check_reply, read_folder, request_body
+from tools.deploy import (
+    NAMESPACE,
+    PROJECT,
+    ask,
+    check_reply,
+    container_name,
+    json_object,
+    log_commands,
+    read_folder,
+    request_body,
+)
+from training.cvat import TESTED, parse_version
+from training.project_labels import DRAWABLE
 
 if TYPE_CHECKING:
     from training.cvat import ProjectLabel, Server
@@ -30,14 +43,14 @@ CVAT_TIMEOUT = 120.0
 NUCLIO_BODY_LIMIT = 4 * 1024 * 1024
 """Bytes that Nuclio takes when the trigger names no limit."""
 
-_FIRST_VERSION = (2, 73)
-_MASKS = ("any", "mask", "polygon")
-"""Types of labels that take masks and polygons."""
 _GIB = 1024**3
 _IMAGE_GIB = 20
 """Room for a function's image and the layers it is built from."""
 _MAX_LIST = 64 * 1024 * 1024
 _WAIT = 10.0
+_NO_CONNECTION = re.compile(r"ConnectionPool|Connection (aborted|to )")
+"""How the library says it by which CVAT asks Nuclio."""
+_ADDRESS = re.compile(r"host='([^']*)', port=(\d+)")
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -51,6 +64,11 @@ class Finding:
     """What was looked at, in a word or two."""
     what: str
     remedy: str = ""
+
+    def lines(self) -> list[str]:
+        """For a terminal: a name from outside can neither move its cursor nor pretend to be a line of its own."""
+        lines = [f"{self.level:8} {self.check}: {_printable(self.what)}"]
+        return [*lines, f"{'':8} → {_printable(self.remedy)}"] if self.remedy else lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +145,7 @@ def examine(config: DoctorConfig, *, server: "Server | None") -> Iterator[Findin
         yield missing_function(name, [function.name for function in functions])
     host = urllib.parse.urlsplit(config.nuclio).hostname or ""
     for function in ours:
-        yield check_state(function)
+        yield check_state(function, namespace=config.namespace)
         yield from check_port(function, listens=_listens(host, function.port))
         if bundle is not None:
             yield check_bundle_version(function, bundle.manifest.version)
@@ -174,7 +192,7 @@ def examine(config: DoctorConfig, *, server: "Server | None") -> Iterator[Findin
         fits = check_body(function, len(body), frame)
         yield fits
         if fits.level != "problem" and function.port is not None and _listens(host, function.port):
-            yield _try_frame(function, body, frame, host=host, timeout=config.timeout)
+            yield _try_frame(config, function, body, frame, host=host)
 
 
 # The checks
@@ -205,15 +223,16 @@ def check_gpu(names: Sequence[str]) -> Finding:
 def check_version(version: str, url: str) -> Finding:
     """Whether CVAT is one of the versions that SSCloud knows."""
     what = f"CVAT {version} at {url}; the login is accepted."
-    try:
-        known = tuple(int(part) for part in version.split(".")[:2]) >= _FIRST_VERSION
-    except ValueError:
-        known = False
-    if known:
+    (major, first), (_, behind) = TESTED
+    if TESTED[0] <= parse_version(version) < TESTED[1]:
         return Finding(level="ok", check="CVAT", what=what)
-    first = ".".join(map(str, _FIRST_VERSION))
-    remedy = f"SSCloud was written for CVAT {first} and newer. Upgrade CVAT if something fails."
-    return Finding(level="warning", check="CVAT", what=what, remedy=remedy)
+    return Finding(
+        level="warning",
+        check="CVAT",
+        what=what,
+        remedy=f"SSCloud was written for CVAT {major}.{first} to {major}.{behind - 1}. Take one of these if something "
+        "fails.",
+    )
 
 
 def check_metadata(function: NuclioFunction) -> Iterator[Finding]:
@@ -227,15 +246,20 @@ def check_metadata(function: NuclioFunction) -> Iterator[Finding]:
         )
 
 
-def check_state(function: NuclioFunction) -> Finding:
+def check_state(function: NuclioFunction, *, namespace: str) -> Finding:
     """Whether Nuclio calls the function ready."""
     name = function.name
     if function.state == "ready":
         where = "a GPU" if function.gpu else "the CPU"
         return Finding(level="ok", check="function", what=f"{name} version {function.version} is ready, on {where}.")
-    remedy = f"See `docker logs nuclio-{NAMESPACE}-{name}`; start it (`docker start nuclio-{NAMESPACE}-{name}`) "
-    remedy += "or deploy it again with `sscloud deploy`."
-    return Finding(level="problem", check="function", what=f"Nuclio calls {name} {function.state!r}.", remedy=remedy)
+    container = container_name(name, namespace=namespace)
+    return Finding(
+        level="problem",
+        check="function",
+        what=f"Nuclio calls {name} {function.state!r}.",
+        remedy=f"{_see_log(name, namespace=namespace)} Then deploy it again with `sscloud deploy`; a container that is "
+        f"only stopped starts with `docker start {container}`.",
+    )
 
 
 def check_port(function: NuclioFunction, *, listens: bool) -> Iterator[Finding]:
@@ -311,7 +335,16 @@ def broken_list(error: ServerError, *, explained: bool) -> Finding:
             what="CVAT runs without serverless functions.",
             remedy="Start it with components/serverless/docker-compose.serverless.yml too (docs/first-cvat.md).",
         )
-    remedy = "Correct the function named above." if explained else "See `docker logs cvat_server`; is Nuclio running?"
+    if error.status in (503, 504) and _NO_CONNECTION.search(str(error)):
+        address = _ADDRESS.search(str(error))
+        where = " at {}:{}".format(*address.groups()) if address else ""
+        return Finding(
+            level="problem",
+            check="models",
+            what=f"CVAT cannot list its models: it does not reach Nuclio{where}.",
+            remedy="Start Nuclio, or tell CVAT where it is: CVAT_NUCLIO_HOST and CVAT_NUCLIO_PORT.",
+        )
+    remedy = "Correct the function named above." if explained else "See the log of CVAT: `docker logs cvat_server`."
     return Finding(level="problem", check="models", what=f"CVAT cannot list its models: {error}", remedy=remedy)
 
 
@@ -349,7 +382,7 @@ def check_labels(owner: str, names: Collection[str], labels: Sequence["ProjectLa
     """
     types = {label.name: label.type for label in labels}
     absent = [name for name in names if name not in types]
-    unfit = [f"{name} ({types[name]})" for name in names if name in types and types[name] not in _MASKS]
+    unfit = [f"{name} ({types[name]})" for name in names if name in types and types[name] not in DRAWABLE]
     if not absent and not unfit:
         return Finding(level="ok", check="labels", what=f"All labels of {owner} are in project {project}.")
     parts = []
@@ -399,8 +432,8 @@ def check_time(name: str, seconds: float, regions: int, *, timeout: float) -> Fi
 
 def read_function_entry(name: str, entry: Any) -> NuclioFunction:
     """Read a function of Nuclio's list, whatever it holds, with what CVAT would stumble over."""
-    metadata, spec, status = (_object(_object(entry).get(key)) for key in ("metadata", "spec", "status"))
-    annotations = _object(metadata.get("annotations"))
+    metadata, spec, status = (json_object(json_object(entry).get(key)) for key in ("metadata", "spec", "status"))
+    annotations = json_object(metadata.get("annotations"))
     labels, faults = _spec_labels(annotations.get("spec") or "[]")
     if not annotations:
         faults.append("has no annotations")
@@ -413,10 +446,10 @@ def read_function_entry(name: str, entry: Any) -> NuclioFunction:
         faults.append("has no description")
     if not status.get("state"):
         faults.append("has no state")
-    triggers = _object(spec.get("triggers")).values()
-    http_trigger = next((t for t in map(_object, triggers) if t.get("kind") == "http"), _object(None))
-    attributes = _object(http_trigger.get("attributes"))
-    limits = _object(_object(spec.get("resources")).get("limits"))
+    triggers = json_object(spec.get("triggers")).values()
+    http_trigger = next((t for t in map(json_object, triggers) if t.get("kind") == "http"), json_object(None))
+    attributes = json_object(http_trigger.get("attributes"))
+    limits = json_object(json_object(spec.get("resources")).get("limits"))
     return NuclioFunction(
         name=name,
         faults=tuple(faults),
@@ -502,15 +535,17 @@ def fetch_functions(url: str, *, namespace: str) -> list[NuclioFunction]:
     return [read_function_entry(name, entry) for name, entry in sorted(entries.items())]
 
 
-def _try_frame(function: NuclioFunction, body: bytes, frame: LargestFrame, *, host: str, timeout: float) -> Finding:
+def _try_frame(
+    config: DoctorConfig, function: NuclioFunction, body: bytes, frame: LargestFrame, *, host: str
+) -> Finding:
     started = time.monotonic()
     try:
-        reply = ask(function.port or 0, body, within=2 * timeout, host=host)
+        reply = ask(function.port or 0, body, within=2 * config.timeout, host=host)
         regions = check_reply(reply, labels=function.labels, size_hw=frame.size_hw)
     except DeployError as error:
-        remedy = f"See `docker logs nuclio-{NAMESPACE}-{function.name}`."
+        remedy = _see_log(function.name, namespace=config.namespace)
         return Finding(level="problem", check="time", what=f"{frame.name}: {error}", remedy=remedy)
-    return check_time(function.name, time.monotonic() - started, regions, timeout=timeout)
+    return check_time(function.name, time.monotonic() - started, regions, timeout=config.timeout)
 
 
 def _largest_frame(server: "Server", project: int) -> LargestFrame | None:
@@ -559,8 +594,14 @@ def _is_ours(function: str, name: str | None) -> bool:
     return function.startswith("sscloud") if name is None else function == name
 
 
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _see_log(name: str, *, namespace: str) -> str:
+    docker, kubernetes = log_commands(name, namespace=namespace)
+    return f"See its log: `{docker}`, on Kubernetes `{kubernetes}`."
+
+
+def _printable(text: str) -> str:
+    """One line that does nothing to a terminal but fill it."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
 
 
 def _positive(value: Any) -> int | None:

@@ -79,6 +79,15 @@ def split_lines(
             shares = "  ".join(f"{count / total:{width}.2%}" for count, width in zip(counts, widths, strict=True))
             lines.append(f"{name:10}  {len(row):9}  {len({item.group for item in row}):6}  {shares}")
     warnings = [f"{note}." for note in assignment.notes]
+    names_of: dict[str, list[str]] = {}
+    for item in items:
+        names_of.setdefault(item.image_sha256, []).append(item.name)
+    doubles = [", ".join(names) for names in names_of.values() if len(names) > 1]
+    if doubles:
+        warnings.append(
+            f"{len(doubles)} picture(s) are in the dataset more than once, each time in the same split: "
+            f"{'; '.join(doubles[:6])}{'; …' if len(doubles) > 6 else ''}."
+        )
     if assignment.too_few is not None:
         warnings.append(
             f"{assignment.too_few}. Add panoramas of other groups, or choose smaller groups: --group-by image, or a "

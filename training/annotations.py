@@ -36,6 +36,7 @@ PAINTED: Final = frozenset({"polygon", "mask", "rectangle", "ellipse"})
 MAX_POINTS: Final = 1 << 24
 """Most numbers of one shape; a mask of 8192x4096 with every second pixel set has 2^24."""
 
+_PAINTED_BY: Final = ("type", "label_id", "points", "z_order", "rotation", "source")
 _IDENTITY: Final = ("type", "label_id", "points", "z_order", "rotation", "occluded", "outside", "group", "source")
 
 
@@ -103,8 +104,8 @@ def fingerprint(raw: Mapping[str, Any]) -> str:
 
 
 def digest(raws: Sequence[Mapping[str, Any]]) -> str:
-    """Identity of a frame's shapes in their order: what its mask depends on."""
-    return _hash([[raw.get("id"), fingerprint(raw)] for raw in raws])
+    """Identity of a frame's shapes in their order, as far as a mask depends on them: not of numbers and attributes."""
+    return _hash([[raw.get(key) for key in _PAINTED_BY] for raw in raws])
 
 
 def _hash(value: Any) -> str:

@@ -247,6 +247,9 @@ class Server:
             ConfigError: the address is no address.
         """
         _check_address(account.url)
+        for value, name in ((account.token, "CVAT_ACCESS_TOKEN"), (account.organization, "CVAT_ORGANIZATION")):
+            if value and not (value.isascii() and value.isprintable()):
+                raise ConfigError(f"{name} holds letters that no such name has. Copy it from CVAT once more.")
         try:
             client = Client(account.url, config=ClientConfig(status_check_period=1), check_server_version=False)
         except (CvatSdkException, ValueError) as error:
@@ -271,6 +274,8 @@ class Server:
                     f"{server.url}: {who} is not accepted (HTTP {error.status}).", status=error.status
                 ) from None
             scheme = "" if "://" in account.url else " CVAT_URL names no http:// or https://, so https:// was tried."
+            if urlsplit(server.url).path:
+                scheme += f" CVAT_URL is the server's address alone: leave {urlsplit(server.url).path} out."
             raise type(error)(f"{server.url}: {error}.{scheme}", status=error.status) from None
         if not TESTED[0] <= parse_version(server.version) < TESTED[1]:
             log.warning(
@@ -450,22 +455,31 @@ class Server:
 
     # Writing
 
-    def create_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> None:
+    def create_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
         """Add shapes, as CVAT's LabeledShapeRequest has them, to a job.
+
+        Returns:
+            The shapes with their numbers, as `annotations` lists them; none when the answer does not list them.
 
         Raises:
             ServerError: refused; or no answer came, and the shapes may or may not be there.
         """
-        self._patch_annotations(job_id, "create", [dict(shape) for shape in shapes])
+        answer = self._patch_annotations(job_id, "create", [dict(shape) for shape in shapes])
+        with contextlib.suppress(ServerError):
+            created = _list(_object(answer, "annotations"), "shapes")
+            for shape in created:
+                _check_shape(shape)
+            return tuple(created)
+        return ()
 
     def delete_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> None:
         """Delete shapes from a job, as `annotations` gave them; numbers that are gone already do not matter."""
         self._patch_annotations(job_id, "delete", [dict(shape) for shape in shapes])
 
-    def _patch_annotations(self, job_id: int, action: str, shapes: list[dict[str, Any]]) -> None:
+    def _patch_annotations(self, job_id: int, action: str, shapes: list[dict[str, Any]]) -> bytes:
         with _naming(f"the annotations of job {job_id}"):
             # As plain JSON: building and checking a model object takes seconds for a mask with many runs.
-            self._send_json("PATCH", f"/api/jobs/{job_id}/annotations/", {"action": action}, {"shapes": shapes})
+            return self._send_json("PATCH", f"/api/jobs/{job_id}/annotations/", {"action": action}, {"shapes": shapes})
 
     def patch_labels(self, project_id: int, labels: Sequence[Mapping[str, Any]]) -> None:
         """Add labels (without `id`) to a project and change others (with `id`); the rest stays as it is."""

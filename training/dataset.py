@@ -333,7 +333,7 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
     stem = folder / f"{item.name}-{key}"
     meta, image_npy, mask_npy = (stem.with_name(stem.name + end) for end in (".json", ".image.npy", ".mask.npy"))
     if not meta.exists():  # written last, so the arrays are whole when it is there
-        digest = _digest(item)
+        checksum = digest(item)
         label_map = read_label_map(item.mask)
         counts = count_ids(label_map)
         image = read_image(item.image)
@@ -342,7 +342,7 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
         _write_array(image_npy, resize_image(image, size_hw, resample=resample, encoding=dataset.facts.encoding))
         _write_array(mask_npy, resize_label_map(label_map, size_hw))
         pixels = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
-        atomic_write(meta, json.dumps({"pixels": pixels, "digest": digest}).encode())
+        atomic_write(meta, json.dumps({"pixels": pixels, "digest": checksum}).encode())
     facts = json.loads(meta.read_bytes())
     pixels = {int(label_id): count for label_id, count in facts["pixels"].items()}
     schema = dataset.schema
@@ -358,8 +358,12 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
     )
 
 
-def _digest(item: Item) -> str:
-    """sha256 of both files, each of which is the one that the manifest names."""
+def digest(item: Item) -> str:
+    """sha256 of both files, each of which is the one that the manifest names.
+
+    Raises:
+        DatasetError: one of them is another.
+    """
     image, mask = item.image.read_bytes(), item.mask.read_bytes()
     if item.sha256 is not None:
         for file, data, expected in zip((item.image, item.mask), (image, mask), item.sha256, strict=True):

@@ -14,7 +14,7 @@ from sscloud.errors import DatasetError, SchemaError
 from sscloud.image import read_label_map
 from sscloud.inference import Predictor
 from sscloud.labels import VOID, Label, count_ids
-from training.dataset import DatasetFolder
+from training.dataset import DatasetFolder, digest
 from training.metrics import Scores, confusion_matrix, score
 
 
@@ -70,6 +70,7 @@ def evaluate(bundle: ModelBundle, dataset: DatasetFolder, *, device: str = "auto
     total = np.zeros((len(labels), len(columns)), np.int64)
     results = []
     for item in tqdm(dataset.items, "Evaluating", unit="img", leave=False, disable=None):
+        digest(item)  # scores of a mask that somebody has changed are scores of nothing
         label_map = read_label_map(item.mask)
         _check_ids(item.mask.name, label_map, labels, void)
         started = time.perf_counter()

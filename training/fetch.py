@@ -22,7 +22,7 @@ from sscloud.image import MAX_PIXELS, decode_image
 from sscloud.labels import LabelSchema
 from training.annotations import PAINTED, digest, painting
 from training.cvat import Annotations, Frame, Job, Server
-from training.manifest import IMAGES, MASKS, DatasetWriter, Manifest, ManifestItem, make_item
+from training.manifest import IMAGES, MASKS, DatasetWriter, Manifest, ManifestItem, make_item, read_manifest
 from training.names import dataset_names
 from training.rasterise import RULE_VERSION, rasterise
 from training.rule import Rule, Stranger, require_known
@@ -99,6 +99,12 @@ def fetch(
             or too many items would leave it.
     """
     found = survey(server, selection, quiet=quiet)
+    if not found.wanted and read_manifest(output) is None:
+        why = ", ".join(f"{count} of {reason}" for reason, count in found.jobs_left_out.items()) or "there are none"
+        raise DatasetError(
+            f"No frame counts, so {output} was not made (jobs left out: {why}). Which jobs count, --state and --stage "
+            "say; people set the state in CVAT when they have finished a job."
+        )
     with DatasetWriter(output, schema=rule.schema) as writer, ThreadPoolExecutor(parallel) as pool:
         writer.require_groups(plan, [wanted.frame.name for wanted in found.wanted])
         if server_was is not None:
@@ -278,7 +284,11 @@ class _Run:
         return image
 
     def _is_there(self, item: ManifestItem) -> bool:
-        return (self._output / IMAGES / item.image).is_file() and (self._output / MASKS / item.mask).is_file()
+        """Whether the dataset has both files, and nobody has changed the mask; images are too large to look at all."""
+        mask = self._output / MASKS / item.mask
+        if not (self._output / IMAGES / item.image).is_file() or not mask.is_file():
+            return False
+        return hashlib.sha256(mask.read_bytes()).hexdigest() == item.mask_sha256
 
     def _stored_image(self, old: ManifestItem | None) -> bytes | None:
         """The frame's file when the dataset has it, whole."""

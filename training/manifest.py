@@ -230,11 +230,6 @@ def settle_if_free(path: Path) -> None:
         settle(path)
 
 
-def _outside_name(item: ManifestItem) -> str:
-    """The file name where the item comes from."""
-    return str(item.source.get("name") or item.source.get("member") or item.image)
-
-
 class DatasetWriter:
     """The one that changes a data set: stage items, then commit them together.
 
@@ -400,13 +395,23 @@ class DatasetWriter:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _require_same_groups(self, plan: SplitPlan) -> None:
+        frozen = set(self._memory.images) - set(self._memory.pinned)
+        if frozen and self._plan is not None and plan.group_by != self._plan.group_by:
+            raise DatasetError(
+                f"The splits of {self._path} were made with --group-by {self._plan.group_by} and are frozen: by "
+                f"{plan.group_by} they would straddle. Leave --group-by out, or start a new dataset."
+            )
+
     def require_groups(self, plan: SplitPlan, names: Iterable[str] = ()) -> None:
         """Check that every item, and every file name still to come, has a group.
 
         Raises:
-            DatasetError: the plan's rule is an expression that does not match some of them.
+            DatasetError: the plan's rule is an expression that does not match some of them, or another rule than the
+                one that the frozen splits were made by.
         """
-        known = (_outside_name(item) for _, item in sorted(self._items.items()))
+        known = (_outer_name(item) for _, item in sorted(self._items.items()))
+        self._require_same_groups(plan)
         require_match(plan.group_by, list(dict.fromkeys([*known, *names])))
 
     def freeze_splits(self, plan: SplitPlan, *, pinned: Mapping[str, Split] | None = None) -> Assignment:
@@ -419,10 +424,10 @@ class DatasetWriter:
             pinned: name → split of panoramas that were chosen whatever their group.
 
         Raises:
-            DatasetError: the rule finds no group in a name.
+            DatasetError: the rule finds no group in a name, or splits were frozen by another rule.
         """
+        self.require_groups(plan)
         names = {item.name: _outer_name(item) for item in self.manifest.items}
-        require_match(plan.group_by, names.values())
         grouped = [
             replace(
                 item,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sscloud.labels import Label, LabelSchema, name_key
+from sscloud.labels import Label, LabelSchema, default_color, name_key
 from sscloud.shapes import ATTRIBUTES
 from training.cvat import ProjectLabel
 
@@ -99,8 +99,10 @@ def _creation(label: Label) -> LabelPlan:
 def _change(label: Label, old: ProjectLabel) -> LabelPlan:
     missing = [] if label.background else [name for name in ATTRIBUTES if name not in old.attributes]
     details = [f"attribute {name}" for name in missing]
-    if old.color.lower() != _color(label):
-        details.insert(0, f"colour {old.color or 'none'} → {_color(label)}")
+    # A colour that the schema does not state is nothing to people who have chosen one in CVAT.
+    color = old.color.lower() if old.color and label.color == default_color(label.id) else _color(label)
+    if old.color.lower() != color:
+        details.insert(0, f"colour {old.color or 'none'} → {color}")
     notes = [] if name_key(old.name) == name_key(label.name) else [f"means {label.name}"]
     notes += [
         f"its attribute {name} takes no free text, so it stays empty"
@@ -114,7 +116,7 @@ def _change(label: Label, old: ProjectLabel) -> LabelPlan:
         "id": old.id,
         "name": old.name,
         "type": old.type,
-        "color": _color(label),
+        "color": color,
         "attributes": [_attribute(name) for name in missing],
     }
     return LabelPlan(name=old.name, action="change", details=(*details, *notes), request=request)

@@ -96,7 +96,10 @@ def require_known(strangers: Sequence[Stranger], rule: Rule, *, source: str) -> 
     lines = [f"{source} has {_count(len(strangers), 'label name')} that the schema lacks. Nothing was written."]
     for position, stranger in enumerate(strangers[:_LISTED]):
         name = json.dumps(stranger.name, ensure_ascii=False)
+        usual = LabelSchema.default().find(stranger.name)
         label_id = free[position] if position < len(free) else "ID"
+        if usual is not None and usual.id not in taken:
+            label_id = usual.id
         add = f"to add:  - {{name: {name}, id: {label_id}}}" if stranger.name else "name the objects in CVAT"
         lines.append(f"  {stranger.name or '(no name)'}: {stranger.found}; {add}")
     if len(strangers) > _LISTED:

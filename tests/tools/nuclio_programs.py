@@ -77,7 +77,8 @@ def not_found(text: str) -> int:
 
 
 def show(state: dict[str, Any], name: str) -> int:
-    if state.get("get") == "broken":
+    if state.get("get") == "broken" or state.get("failing_gets", 0) > 0:
+        state["failing_gets"] = state.get("failing_gets", 0) - 1
         print("Failed to create a Docker client", file=sys.stderr)
         return 1
     function = state["functions"].get(name)
@@ -132,6 +133,7 @@ def start(state: dict[str, Any], args: argparse.Namespace) -> int:
     pid, port = serve(Path(state["images"][spec["image"]]), port)
     state["containers"][f"nuclio-{args.namespace}-{name}"] = [port, pid]
     function["status"] = {"state": "unhealthy" if fault == "unhealthy" else "ready", "httpPort": port}
+    state["failing_gets"] = 0 if back else state.get("failing_gets_after", 0)
     return 0
 
 

@@ -34,6 +34,12 @@ GROUND = [{"label": "Земля", "type": "mask", "mask": [1, 1, 0, 1, 4, 5, 5, 
 BUILDING = [{**GROUND[0], "label": "Здание"}]
 
 
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commands leave behind goes with the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 class Machine:
     """A machine with Nuclio and Docker: its folder, and the calls made to the two."""
 
@@ -211,6 +217,14 @@ class TestSuccess:
             machine.update(containers={"somebody": [second, 2**22 + 1]})
             assert machine.deploy(light()).port == third
 
+    def test_a_nuctl_that_fails_now_and_then(self, machine: Machine, light: Callable[..., Path]) -> None:
+        """While it waits for the function: that one is up, and stays up."""
+        machine.update(failing_gets_after=2)
+        machine.deploy(light(answer=BUILDING), port=free_port())
+        assert machine.state["failing_gets"] == 0, "they did fail"
+        assert len(machine.deployments()) == 1
+        assert machine.answer() == "Здание"
+
 
 class TestFailureBringsThePreviousBack:
     @pytest.mark.parametrize("fault", ["build", "start", "port", "unhealthy"])
@@ -241,6 +255,18 @@ class TestFailureBringsThePreviousBack:
         config = value_of(back, "--file")
         assert back == [NAME, "--project-name", "cvat", "--file", config, *ENDING]
         assert not Path(config).exists()
+
+    def test_of_a_nuctl_that_goes_on_failing(self, machine: Machine, light: Callable[..., Path]) -> None:
+        before = machine.deploy(light("one"), port=free_port())
+        two = light("two", answer=BUILDING)
+        file = two / "function.yaml"
+        text = file.read_text(encoding="utf-8").replace("readinessTimeoutSeconds: 20", "readinessTimeoutSeconds: 1")
+        file.write_text(text, encoding="utf-8")
+        machine.update(failing_gets_after=2**20)
+        message = "cannot be seen. nuctl cannot list functions: Failed to create a Docker client"
+        with pytest.raises(DeployError, match=rf"{message}(?s:.*)The previous image runs again: {before.image}"):
+            machine.deploy(two)
+        assert machine.answer() == "Земля"
 
     @pytest.mark.parametrize(
         ("answer", "message"),
@@ -390,8 +416,9 @@ class TestKubernetes:
         done = subprocess.run(
             [*command, "--registry", "example.org"], capture_output=True, text=True, cwd=ROOT, timeout=200, check=False
         )
-        assert (done.returncode, done.stdout[: len(NAME) + 5]) == (1, f"{NAME} runs")
-        assert "the cluster gives it no address outside" in done.stderr
+        assert (done.returncode, done.stdout[: len(NAME) + 5]) == (0, f"{NAME} runs")
+        assert "note: no test panorama was sent, because the cluster gives it no address outside" in done.stderr
+        assert "It answered" not in done.stdout
         assert "--triggers" not in machine.deployments()[0]
 
     def test_a_wrong_answer(self, machine: Machine, light: Callable[..., Path]) -> None:

@@ -63,6 +63,12 @@ def handler(context, event):
 """
 
 
+@pytest.fixture(autouse=True)
+def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commands leave behind goes with the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 def entry(**changes: Any) -> dict[str, Any]:
     """A function as Nuclio's dashboard has it; keys of `changes` are paths such as `spec__description`."""
     spec = json.dumps([{"name": name, "type": "mask", "attributes": []} for name in LABELS])
@@ -148,6 +154,17 @@ class TestReading:
         assert "has no description" in read_function_entry("x", data).faults
 
 
+def test_names_from_outside_do_nothing_to_the_terminal() -> None:
+    finding = Finding(
+        level="problem", check="labels", what="Улица\x1b[2J\x1b]0;x\x07 a\nok       b\u202e", remedy="c\r\x9bd"
+    )
+    assert finding.lines() == [
+        "problem  labels: Улица\ufffd[2J\ufffd]0;x\ufffd a ok b\ufffd",
+        "         → c \ufffdd",
+    ]
+    assert Finding(level="ok", check="disk", what="x").lines() == ["ok       disk: x"]
+
+
 class TestChecks:
     @pytest.mark.parametrize(("gib", "level"), [(0.5, "problem"), (5, "warning"), (50, "ok")])
     def test_disk(self, gib: float, level: str) -> None:
@@ -161,14 +178,22 @@ class TestChecks:
 
     @pytest.mark.parametrize(
         ("version", "level"),
-        [("2.73.0", "ok"), ("3.0.0", "ok"), ("2.100.1", "ok"), ("2.9.0", "warning"), ("dev", "warning")],
+        [("2.73.0", "ok"), ("2.80.9", "ok"), ("2.81.0", "warning"), ("2.9.0", "warning"), ("dev", "warning")],
     )
     def test_version(self, version: str, level: str) -> None:
-        assert check_version(version, "http://cvat").level == level
+        finding = check_version(version, "http://cvat")
+        assert finding.level == level
+        assert ("2.73 to 2.80" in finding.remedy) == (level == "warning")
 
     @pytest.mark.parametrize(("state", "level"), [("ready", "ok"), ("unhealthy", "problem"), ("error", "problem")])
     def test_state(self, state: str, level: str) -> None:
-        assert check_state(function(state=state)).level == level
+        assert check_state(function(state=state), namespace="nuclio").level == level
+
+    def test_the_log_is_in_the_namespace(self) -> None:
+        remedy = check_state(function(state="error"), namespace="cvat").remedy
+        assert f"`docker logs nuclio-cvat-{NAME}`" in remedy
+        assert f"on Kubernetes `kubectl logs -n cvat -l nuclio.io/function-name={NAME}`" in remedy
+        assert f"`docker start nuclio-cvat-{NAME}`" in remedy
 
     @pytest.mark.parametrize(
         ("changes", "listens", "level", "what"),
@@ -223,6 +248,29 @@ class TestChecks:
         assert "without serverless" in broken_list(ServerError("x", status=404), explained=False).what
         assert "named above" in broken_list(ServerError("x", status=500), explained=True).remedy
         assert "docker logs cvat_server" in broken_list(ServerError("x", status=500), explained=False).remedy
+
+    @pytest.mark.parametrize(
+        ("status", "text", "where"),
+        [
+            (
+                503,
+                "HTTPConnectionPool(host='nuclio', port=8070): Max retries exceeded with url: /api/functions (Caused "
+                "by NewConnectionError('<urllib3.connection.HTTPConnection object at 0x7f>: Failed to establish a …",
+                " at nuclio:8070",
+            ),
+            (503, "('Connection aborted.', RemoteDisconnected('Remote end closed connection without response'))", ""),
+            (
+                504,
+                "HTTPConnectionPool(host='10.0.0.7', port=80): Read timed out. (read timeout=120)",
+                " at 10.0.0.7:80",
+            ),
+        ],
+    )
+    def test_cvat_without_nuclio_in_a_clause(self, status: int, text: str, where: str) -> None:
+        error = ServerError(f"CVAT, the list of functions: the server failed (HTTP {status}: {text})", status=status)
+        finding = broken_list(error, explained=False)
+        assert finding.what == f"CVAT cannot list its models: it does not reach Nuclio{where}."
+        assert "CVAT_NUCLIO_HOST" in finding.remedy
 
     def test_missing(self) -> None:
         assert "has no function of SSCloud" in missing_function(None, ["sam"]).what
@@ -318,11 +366,18 @@ def folder(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def nuclio(folder: Path) -> Iterator[str]:
+def nuclio(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of `sscloud serve` with that function."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("temporary"))}
     command = [sys.executable, "-m", "tools.cli", "serve", str(folder), "--port", "0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8", cwd=ROOT
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        cwd=ROOT,
     ) as process:
         assert process.stdout is not None
         lines = []
@@ -410,6 +465,14 @@ class TestAllOfIt:
         assert found["models"].remedy == "Correct the function named above."
         assert found["labels"].level == "warning", "no project was named"
 
+    def test_cvat_does_not_reach_nuclio(self, cvat: Any, cvat_server: "CvatStandin", nuclio: str) -> None:
+        server, _ = cvat
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            cvat_server.nuclio_url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+            found = by_check(list(examine(DoctorConfig(nuclio=nuclio), server=server)))
+        assert found["models"].what == "CVAT cannot list its models: it does not reach Nuclio."
+
     def test_without_nuclio_labels_are_still_looked_at(self, cvat: Any, tiny_bundle: ModelBundle) -> None:
         server, make_project = cvat
         project = make_project(LABELS[:2], (32, 64))
@@ -450,6 +513,14 @@ class TestCommand:
         assert "warning  CVAT: CVAT was not looked at." in done.stdout
         assert f"ok       port: {NAME} answers at its fixed port" in done.stdout
         assert "0 problems." in done.stderr
+
+    def test_a_hostile_name_stays_text(self, tmp_path: Path) -> None:
+        functions = {"evil\x1b[2J\nok       all is well": entry(spec__description=None)}
+        with dashboard(json.dumps(functions).encode()) as (url, _):
+            done = run_doctor("--nuclio", url, HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path))
+        assert done.returncode == 1, done.stderr
+        assert "The function evil\ufffd[2J ok all is well has no description" in done.stdout
+        assert "\x1b" not in done.stdout
 
     def test_problems_make_it_fail(self, cvat_server: "CvatStandin", nuclio: str) -> None:
         environment = {**cvat_server.site.environment(), "CVAT_PASSWORD": "wrong-and-secret"}

@@ -218,11 +218,12 @@ def test_only_jobs_of_the_wanted_state_and_stage_count(cvat_site: Site, tmp_path
     with Server.connect(account(cvat_site)) as server:
         accepted = run(server, tmp_path / "a", world, selection={"stages": frozenset({"acceptance"})})
         new = run(server, tmp_path / "b", world, selection={"states": frozenset({"new"})})
-        none = run(server, tmp_path / "c", world, selection={"states": frozenset({"rejected"})})
+        with pytest.raises(DatasetError, match=r"No frame counts.*1 of state completed, 1 of state new.*--state"):
+            run(server, tmp_path / "c", world, selection={"states": frozenset({"rejected"})})
     assert {item.source["task"] for item in accepted.manifest.items} == {world.tasks[0]}
     assert {item.source["task"] for item in new.manifest.items} == {world.tasks[1]}
     assert accepted.survey.jobs_left_out == {"state new": 1}
-    assert none.manifest.items == ()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("empty", "value"), [("skip", None), ("void", 255), ("background", 0)])
@@ -277,7 +278,7 @@ def test_labels_that_the_schema_lacks_stop_everything_with_the_line_to_add(cvat_
         {"labels": [{"name": "Фон", "id": 0, "background": True}, {"name": "ЗЕМЛЯ ", "id": 2}]}, source="test"
     )
     with Server.connect(account(cvat_site)) as server:
-        with pytest.raises(SchemaError, match=r'Здание: 2 shapes in 2 images; to add:  - \{name: "Здание", id: 1\}'):
+        with pytest.raises(SchemaError, match=r'Здание: 2 shapes in 2 images; to add:  - \{name: "Здание", id: 6\}'):
             run(server, tmp_path / "data", world, schema=small)
         assert not (tmp_path / "data/manifest.json").exists()
         summary = run(server, tmp_path / "data", world, schema=small, rule={"unknown": "void"})
@@ -443,6 +444,28 @@ def test_a_frame_with_only_lines_is_not_taken_for_empty(cvat_site: Site, tmp_pat
         again = run(server, tmp_path / "data", world, rule={"empty": "background"})
     assert {item.source["frame"] for item in summary.manifest.items} == {0, 2}
     assert (summary.unpainted, again.unpainted, again.written) == (1, 1, 0)
+
+
+def test_a_mask_that_somebody_changed_is_put_right(cvat_server: CvatStandin, server: Server, tmp_path: Path) -> None:
+    world = make_world(cvat_server.site, tasks=1)
+    run(server, tmp_path / "data", world)
+    before = tree(tmp_path / "data")
+    (tmp_path / "data/masks/0_normals.png").write_bytes((tmp_path / "data/masks/1_normals.png").read_bytes())
+    assert run(server, tmp_path / "data", world).written == 1
+    assert tree(tmp_path / "data") == before
+
+
+def test_attributes_make_no_other_mask(cvat_server: CvatStandin, server: Server, tmp_path: Path) -> None:
+    world = make_world(cvat_server.site, tasks=1)
+    run(server, tmp_path / "data", world)
+    number = world.labels["Земля"]
+    text = {"name": "model", "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
+    server.patch_labels(world.project, [{"id": number, "name": "Земля", "color": "#b5793c", "attributes": [text]}])
+    attribute = next(label for label in server.labels(project_id=world.project) if label.id == number)
+    ground_shape = cvat_server.shapes(world.jobs[0])[0]
+    values = [{"spec_id": attribute.attributes["model"], "value": "unet"}]
+    cvat_server.edit_shape(ground_shape["id"], attributes=values)
+    assert run(server, tmp_path / "data", world).written == 0
 
 
 def test_a_renamed_label_is_noticed(cvat_site: Site, tmp_path: Path) -> None:

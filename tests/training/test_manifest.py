@@ -267,12 +267,14 @@ def test_freezing_goes_by_the_plans_groups(tmp_path: Path) -> None:
             put(writer, f"site{number % 4}_{number}.png", seed=number)
         assert writer.freeze_splits(SplitPlan()).too_few is not None
         assert {item.split for item in writer.manifest.items} == {None}
+        with pytest.raises(DatasetError, match=r"does not match 12 file name\(s\): улица/site0_0\.png, улица/site0_4"):
+            writer.freeze_splits(SplitPlan(group_by="x"))
         assert writer.freeze_splits(SplitPlan(group_by=r"site\d+")).too_few is None
         found = {(item.group, item.split) for item in writer.manifest.items}
         assert len(found) == 4
         assert {group for group, _ in found} == {f"name:site{number}" for number in range(4)}
-        with pytest.raises(DatasetError, match=r"does not match 12 file name\(s\): улица/site0_0\.png, улица/site0_4"):
-            writer.freeze_splits(SplitPlan(group_by="x"))
+        with pytest.raises(DatasetError, match=r"made with --group-by site.d\+ and are frozen: by image they would"):
+            writer.freeze_splits(SplitPlan(group_by="image"))
 
 
 def test_labels_yaml(root: Path) -> None:

@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     def show(finding: "Finding") -> None:
         counts[finding.level] += 1
-        print(f"{finding.level:8} {finding.check}: {finding.what}", flush=True)
-        if finding.remedy:
-            print(f"{'':8} → {finding.remedy}", flush=True)
+        print(*finding.lines(), sep="\n", flush=True)
 
     server = _connect(args, show)
     try:

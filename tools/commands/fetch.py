@@ -183,9 +183,12 @@ def _print(summary: "Summary", args: argparse.Namespace, server: "Server", schem
 def _warnings(summary: "Summary", args: argparse.Namespace, schema: "LabelSchema") -> list[str]:
     found = summary.survey
     lines = [f"left out: {problem}" for problem in summary.left_out]
-    if not found.wanted:
-        why = ", ".join(f"{count} of {reason}" for reason, count in found.jobs_left_out.items()) or "there are none"
-        lines.append(f"no frame counts (jobs left out: {why}). Which ones do, --state and --stage say.")
+    untouched = [item.name for item in summary.manifest.items if item.auto_pixels and not item.people_pixels]
+    if untouched:
+        lines.append(
+            f"{len(untouched)} panorama(s) show a model's drawing alone ({_listed(untouched)}): who trains on them "
+            "teaches the model its own mistakes. --state completed takes what people have finished."
+        )
     if summary.empty:
         lines.append(
             f"{summary.empty} frame(s) of these jobs have no shape and were left out. If they show nothing to label, "

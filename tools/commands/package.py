@@ -1,6 +1,7 @@
 """`sscloud package`: a bundle → a self-contained Nuclio function folder."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 NAME = "package"
@@ -35,11 +36,15 @@ def run(args: argparse.Namespace) -> int:
 
     name = package(args.bundle, args.output, name=args.name, overwrite=args.overwrite)
     print(f"{args.output}: function {name}, self-contained.")
-    print(f"Deploy it on the machine where CVAT and Nuclio run:\n  sscloud deploy {args.output} --gpu")
+    folder = shlex.quote(str(args.output))
+    print(
+        f"Deploy it on the machine where CVAT and Nuclio run:\n  sscloud deploy {folder} --gpu     # or without --gpu"
+    )
     print("or, without a fixed port and a way back, with nuctl alone:")
     for file, what in (("function-gpu.yaml", "with an NVIDIA GPU"), ("function.yaml", "CPU only")):
         path = args.output / file
         print(f"  # {what}")
-        print(f"  nuctl deploy --project-name cvat --path {args.output} --file {path} --platform local {_NETWORK}")
-    print(f"Or run it without Docker:\n  sscloud serve {args.output}")
+        file_path = shlex.quote(str(path))
+        print(f"  nuctl deploy --project-name cvat --path {folder} --file {file_path} --platform local {_NETWORK}")
+    print(f"Or run it without Docker:\n  sscloud serve {folder}")
     return 0

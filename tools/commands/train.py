@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -130,12 +131,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if bundle is not None:
         metrics = bundle.manifest.metrics
+        shown = shlex.quote(str(bundle.path))
         quality = (
             f", mIoU {metrics['validation_miou']:.3f} on the validation part" if "validation_miou" in metrics else ""
         )
         print(
             f"The best model is in {bundle.path} (epoch {metrics['epoch']:.0f}{quality}).\n"
-            f"Next: sscloud evaluate {bundle.path} UNSEEN_DATASET, or sscloud package {bundle.path} -o FUNCTION"
+            f"Next: sscloud evaluate {shown} UNSEEN_DATASET, or sscloud package {shown} -o FUNCTION"
         )
     return 0
 

@@ -295,9 +295,9 @@ class _Conversion:
 
 def _list_entries(archive: ZipArchive, found: str | None) -> Contents:
     if found is None or found not in READERS:
-        what = f"looks like an export of {found}" if found else "holds no annotations that are known"
+        what = f"looks like an export of {found}, which is not read" if found else "holds no annotations that are known"
         raise ArchiveError(
-            f"{archive.path} {what}, which is not read. In CVAT choose 'Export dataset', the format "
+            f"{archive.path} {what}. In CVAT choose 'Export dataset', the format "
             f"'{layout.CVAT_IMAGES}' and switch 'Save images' on. Also read: {', '.join(sorted(READERS))}."
         )
     contents: Contents = READERS[found].list_entries(archive)

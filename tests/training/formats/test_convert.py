@@ -219,8 +219,10 @@ def test_splits_are_made_once_by_the_rule_asked_for(tmp_path: Path) -> None:
     more = {**members, **pair("a_3", square("Земля", 0, 0, 9, 9), image=jpeg(3))}
     second = {item.name: item.split for item in convert(tmp_path, more).manifest.items}
     assert second == {**first, "a_3": first["a_1"]}
-    with pytest.raises(DatasetError, match=r"--group-by '\^x' does not match 9 file name"):
+    with pytest.raises(DatasetError, match=r"are frozen: by \^x they would straddle"):
         convert(tmp_path, more, plan=SplitPlan(group_by="^x"))
+    with pytest.raises(DatasetError, match=r"--group-by '\^x' does not match 9 file name"):
+        convert_archive(tmp_path / "a.zip", tmp_path / "other", schema=SCHEMA, plan=SplitPlan(group_by="^x"))
 
 
 def test_equal_names_in_subfolders_get_a_number(tmp_path: Path) -> None:
