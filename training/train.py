@@ -224,7 +224,7 @@ def _build_model(config: TrainConfig, schema: LabelSchema) -> UNet:
     if config.load is None:
         return model
     path = Path(config.load)
-    loaded, ids = _loaded(path, schema)
+    loaded, ids = _loaded(path, schema, scale=config.scale)
     wanted = tuple(schema.class_ids) + (0,) * (classes - len(schema.classes))
     if ids != wanted:
         raise BundleError(
@@ -241,9 +241,14 @@ def _build_model(config: TrainConfig, schema: LabelSchema) -> UNet:
     return model
 
 
-def _loaded(path: Path, schema: LabelSchema) -> tuple[UNet, tuple[int, ...]]:
+def _loaded(path: Path, schema: LabelSchema, *, scale: float) -> tuple[UNet, tuple[int, ...]]:
     if path.is_dir():
         bundle = ModelBundle.load(path)
+        if bundle.manifest.scale != scale:
+            log.warning(
+                "%s was trained at scale %g, this run is at %g. To build on what it saw, add --scale %g.",
+                path, bundle.manifest.scale, scale, bundle.manifest.scale,
+            )  # fmt: skip
         return bundle.model(), bundle.manifest.label_ids
     checkpoint = read_checkpoint(path)
     return checkpoint.model, channel_ids(checkpoint, schema, source=str(path))

@@ -232,7 +232,9 @@ def test_fewer_channels_than_labels(make_dataset: MakeDataset, tmp_path: Path) -
         fit(make_dataset(2), tmp_path / "run", classes=5)
 
 
-def test_load_continues_from_a_bundle_and_from_a_checkpoint(make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_load_continues_from_a_bundle_and_from_a_checkpoint(
+    make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data, pth = make_dataset(3), tmp_path / "pth"
     first = fit(data, tmp_path / "first", validation=0.0, place={"checkpoints": pth}, wrap=False)
     assert sorted(file.name for file in pth.iterdir()) == ["checkpoint_epoch1.pth", "checkpoint_epoch2.pth"]
@@ -244,8 +246,10 @@ def test_load_continues_from_a_bundle_and_from_a_checkpoint(make_dataset: MakeDa
         assert second.manifest.parent == parent
         expected = first.model().outc.conv.weight
         torch.testing.assert_close(second.model().outc.conv.weight, expected, atol=1e-6, rtol=0)
+    assert "was trained at scale" not in caplog.text
     with pytest.raises(BundleError, match=r"base width 4 with transposed .* asked for were 8 and transposed"):
-        fit(data, tmp_path / "wide", load=str(tmp_path / "first/bundle"), base_width=8)
+        fit(data, tmp_path / "wide", load=str(tmp_path / "first/bundle"), base_width=8, scale=0.3)
+    assert "this run is at 0.3. To build on what it saw, add --scale" in caplog.text
     with pytest.raises(BundleError, match=r"writes the label ids \[0, 2, 5, 6, 65, 66\].*asks for \[0, 2, 5, 6\]"):
         fit(make_dataset(2, name="few", ids=(0, 2, 5, 6)), tmp_path / "few-run", load=str(tmp_path / "first/bundle"))
 
