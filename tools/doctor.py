@@ -173,6 +173,13 @@ def examine(config: DoctorConfig, *, server: "Server | None") -> Iterator[Findin
         return
     if not labels and bundle is not None:
         labels["the bundle"] = [label.name for label in bundle.manifest.labels.classes if not label.background]
+    if not labels:
+        yield Finding(
+            level="warning",
+            check="labels",
+            what=f"The labels of project {config.project} were not compared: no function and no bundle is known.",
+            remedy="Name a bundle with --bundle, or a function with --function.",
+        )
     try:
         project_labels = server.labels(project_id=config.project)
         for owner, names in labels.items():
