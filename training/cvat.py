@@ -870,11 +870,11 @@ def _function(row: Mapping[str, Any]) -> Function:
     for label in row.get("labels_v2") or []:
         if isinstance(label, dict):
             attributes = [a for a in label.get("attributes") or [] if isinstance(a, dict)]
-            labels[_text(label, "name")] = frozenset(_text(attribute, "name") for attribute in attributes)
+            labels[_name(label, "name")] = frozenset(_text(attribute, "name") for attribute in attributes)
     version = row.get("version")
     return Function(
         id=_text(row, "id"),
-        name=_text(row, "name"),
+        name=_name(row, "name"),
         kind=row["kind"] if isinstance(row.get("kind"), str) else "",
         version=version if isinstance(version, int) else None,
         labels=labels,

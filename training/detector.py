@@ -56,6 +56,13 @@ class Detector:
         self._background_ids = frozenset(range(256)) - {label.id for label in self.labels}
         self._predictor = Predictor(bundle, device=device)
 
+    def settings(self, *, threshold: float) -> str:
+        """What decides, beside the image, which regions are found: the weights and the limits."""
+        return (
+            f"weights {self.manifest.weights_sha256[:16]}, threshold {threshold:g}, min area {self._min_area}, "
+            f"at most {self._max_regions}"
+        )
+
     @property
     def spec(self) -> Any:
         """The `DetectionFunctionSpec`: masks of every label, with the model and its confidence as text attributes."""

@@ -8,12 +8,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tqdm import tqdm
 
-from sscloud.errors import ImageError, SchemaError, ServerError, SSCloudError
+from sscloud.errors import ImageError, SchemaError, ServerError, SSCloudError, UnreachableError
 from sscloud.image import decode_image
 from training.annotations import AUTO
 from training.cvat import TRANSIENT, Annotations, Frame, Job, ProjectLabel, Server, Task
@@ -29,6 +29,7 @@ from training.prelabel_store import (
     surplus,
 )
 from training.project_labels import DRAWABLE, match_labels
+from training.survey import LabelBook, find_tasks
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ ATTEMPTS: Final = 4
 """How often a frame is written when no answer comes; before each time the server is asked what it holds."""
 PAUSE: Final = 1.0
 """Seconds between a lost answer and the question; every further pause is twice as long."""
-GONE: Final = (None, 401)
-"""Of an error: the server is out of reach, or the login is no longer good. The next job would fare no better."""
 
 
 class UnfitError(SSCloudError):
@@ -76,9 +75,9 @@ class Report:
     shapes: int = 0
     """Written by this run."""
     already: int = 0
-    """Frames that hold this model's pre-labels from an earlier run."""
+    """Frames that hold this model's pre-labels, drawn with the same settings, from an earlier run."""
     other_model: int = 0
-    """Frames that hold another model's pre-labels, and were not to be replaced."""
+    """Frames that hold pre-labels of another model, or drawn with other settings, and were not to be replaced."""
     people: int = 0
     """Frames with people's work."""
     jobs_left_out: Counter[str] = field(default_factory=Counter)
@@ -103,21 +102,19 @@ def select(server: Server, selection: Selection, report: Report, *, quiet: bool 
     Raises:
         ServerError: something that does not exist, or no answer.
     """
-    tasks: dict[int, Task] = {}
     named = [server.job(number) for number in selection.jobs]
-    for project in selection.projects:
-        server.project(project)  # one that does not exist lists no tasks either
-        tasks.update({task.id: task for task in server.tasks(project)})
-    for number in (*selection.tasks, *(job.task_id for job in named)):
-        tasks[number] = tasks.get(number) or server.task(number)
-    whole = {number for number in tasks if number in selection.tasks or tasks[number].project_id in selection.projects}
+    numbers = (*selection.tasks, *(job.task_id for job in named))
+    tasks = find_tasks(server, projects=selection.projects, tasks=numbers)
     work = []
-    of_project: dict[int, tuple[ProjectLabel, ...]] = {}
-    for task in tqdm([tasks[number] for number in sorted(tasks)], "Tasks", unit="task", disable=quiet or None):
-        jobs = server.jobs(task.id) if task.id in whole else [job for job in named if job.task_id == task.id]
+    book = LabelBook(server)
+    for task in tqdm(tasks, "Tasks", unit="task", disable=quiet or None):
+        whole = task.id in selection.tasks or task.project_id in selection.projects
+        jobs = server.jobs(task.id) if whole else [job for job in named if job.task_id == task.id]
         wanted = []
         for job in jobs:
-            if job.type != "annotation":
+            if not task.images:
+                report.jobs_left_out["a video, or point clouds"] += 1
+            elif job.type != "annotation":
                 report.jobs_left_out[f"type {job.type}"] += 1
             elif job.state not in selection.states:
                 report.jobs_left_out[f"state {job.state}"] += 1
@@ -125,12 +122,7 @@ def select(server: Server, selection: Selection, report: Report, *, quiet: bool 
                 wanted.append(job)
         if not wanted:
             continue
-        if task.project_id is None:
-            labels = tuple(server.labels(task_id=task.id))
-        else:
-            if task.project_id not in of_project:
-                of_project[task.project_id] = tuple(server.labels(project_id=task.project_id))
-            labels = of_project[task.project_id]
+        labels = book.of(task)
         for job in sorted({job.id: job for job in wanted}.values(), key=lambda job: job.id):
             work.append(JobWork(task=task, job=job, frames=tuple(sorted(server.job_frames(job))), labels=labels))
     return work
@@ -156,7 +148,8 @@ def prelabel(
         selection: which jobs.
         report: filled while the run goes on, so that it is right whatever ends the run.
         threshold: pixels with a probability below it (0 to 1) are not drawn.
-        replace_auto: put this model's shapes in place of another model's, where nobody has touched those.
+        replace_auto: put this model's shapes in place of those of another model, or drawn with other settings, where
+            nobody has touched them.
         quiet: no progress bars.
 
     Raises:
@@ -174,7 +167,7 @@ def prelabel(
             try:
                 desk.draw_all(replace_auto=replace_auto, on_frame=bar.update)
             except (ServerError, UnfitError) as error:
-                if isinstance(error, ServerError) and error.status in GONE:
+                if is_gone(error):
                     raise
                 report.failed.append(str(error))
 
@@ -212,6 +205,11 @@ def refuse_strangers(
     if len(fitting) < len(work):
         report.jobs_left_out["none of the model's labels in the task"] += len(work) - len(fitting)
     return fitting
+
+
+def is_gone(error: SSCloudError) -> bool:
+    """Whether the next job would fare no better: nobody answers, or the login is no longer good."""
+    return isinstance(error, UnreachableError) or (isinstance(error, ServerError) and error.status == 401)
 
 
 def shapes_by_frame(annotations: Annotations) -> dict[int, list[dict[str, Any]]]:
@@ -280,6 +278,8 @@ class _Desk:
         self._record = store.load(self._job)
         self._updated: str | None = None
         self._annotations: Annotations | None = None
+        self._last_number: int | None = None
+        """Of the shapes that were created last."""
 
     def draw_all(self, *, replace_auto: bool, on_frame: Callable[[], object]) -> None:
         """Go through the frames; what is wrong with one of them is reported, and the next one follows.
@@ -300,7 +300,7 @@ class _Desk:
             try:
                 self._draw(frames[number], replace_auto=replace_auto)
             except (ImageError, ServerError, UnfitError) as error:
-                if isinstance(error, ServerError) and error.status in GONE:
+                if is_gone(error):
                     raise
                 self._report.failed.append(
                     f"task {self._work.task.id}, frame {number} ({frames[number].name}): {error}"
@@ -309,10 +309,11 @@ class _Desk:
 
     def _draw(self, frame: Frame, *, replace_auto: bool) -> None:
         report, title = self._report, self._detector.manifest.title
+        settings = self._detector.settings(threshold=self._threshold)
         self._settle(frame.number)
         verdict = self._verdict(frame.number)
         drawn = self._record.of(frame.number).drawn
-        if verdict == "ours" and drawn.model == title:
+        if verdict == "ours" and (drawn.model, drawn.settings) == (title, settings):
             report.already += 1
             return
         if verdict == "ours" and not replace_auto:
@@ -324,7 +325,7 @@ class _Desk:
         if verdict == "people":
             report.people += 1
             return
-        target = Drawn(model=title, shapes=tuple(sorted(identity(shape) for shape in shapes)))
+        target = Drawn(model=title, settings=settings, shapes=tuple(sorted(identity(shape) for shape in shapes)))
         self._note(frame.number, FrameRecord(drawn=drawn, next=target))
         self._write(frame.number, shapes, target)
         if not self._settle(frame.number):
@@ -367,7 +368,7 @@ class _Desk:
             lost: ServerError | None = None
             if shapes:
                 try:
-                    self._server.create_shapes(self._job, shapes)
+                    created = self._server.create_shapes(self._job, shapes)
                 except ServerError as error:
                     if error.status is not None and error.status not in TRANSIENT:
                         self._note(number, FrameRecord(drawn=before))
@@ -375,7 +376,9 @@ class _Desk:
                     lost = error
                     log.info("%s; looking whether the shapes have come", error)
                     time.sleep(PAUSE * 2**attempt)
-            self._annotations = None
+                    self._annotations = None
+                else:
+                    self._take_over(created, target)
             present = [identity(shape) for shape in self._present(number)]
             if holds(present, target):
                 return
@@ -387,13 +390,35 @@ class _Desk:
                 )
         raise lost or ServerError("no answer")
 
+    def _take_over(self, created: Sequence[dict[str, Any]], target: Drawn) -> None:
+        """Put new shapes beside those that are known, if nothing else can have come to the job meanwhile.
+
+        A large job cannot be read again after every frame. But its time of change has just moved by this very write,
+        and hides what somebody else did in the moment before. The numbers of shapes tell: the server counts them on
+        for all jobs together, so numbers that follow the last ones leave no room for anybody's.
+        """
+        numbers = sorted(shape["id"] for shape in created)
+        first, self._last_number = self._last_number, numbers[-1] if numbers else None
+        follow = first is not None and numbers == list(range(first + 1, first + 1 + len(numbers)))
+        as_sent = tuple(sorted(identity(shape) for shape in created)) == target.shapes
+        if self._annotations is None or not follow or not as_sent:
+            self._annotations = None
+            return
+        self._updated = self._server.job(self._job).updated
+        self._annotations = replace(self._annotations, shapes=(*self._annotations.shapes, *created))
+
     def _settle(self, number: int) -> bool:
         """Bring a frame that was being written to an end: either it was written (True), or it was not."""
         record = self._record.of(number)
         for attempt in range(ATTEMPTS):
             if record.next is None:
                 return False
-            present = [(int(shape["id"]), identity(shape)) for shape in self._present(number)]
+            raws = self._present(number)
+            present = [(int(raw["id"]), identity(raw)) for raw in raws]
+            if surplus(record, present):
+                # What is going to be deleted is looked at once more: it may be somebody's by now.
+                raws = self._present(number, anew=True)
+                present = [(int(raw["id"]), identity(raw)) for raw in raws]
             shapes = [shape for _, shape in present]
             # That nothing is there, where nothing was found, says nothing: then what was there has to be untouched.
             written = holds(shapes, record.next) if record.next.shapes else self._is_ours(record.drawn, shapes)
@@ -405,7 +430,7 @@ class _Desk:
                 self._note(number, FrameRecord(drawn=record.next))
                 return True
             try:
-                self._server.delete_shapes(self._job, [raw for raw in self._present(number) if raw["id"] in left])
+                self._server.delete_shapes(self._job, [raw for raw in raws if raw["id"] in left])
             except ServerError as error:
                 if attempt == ATTEMPTS - 1 or (error.status is not None and error.status not in TRANSIENT):
                     raise
@@ -424,10 +449,10 @@ class _Desk:
             return "people"
         return judge(self._record.of(number).drawn, (identity(shape) for shape in present))
 
-    def _present(self, number: int) -> list[dict[str, Any]]:
+    def _present(self, number: int, *, anew: bool = False) -> list[dict[str, Any]]:
         """The frame's shapes as the server holds them now; the job is read again only when it has changed."""
         updated = self._server.job(self._job).updated
-        if self._annotations is None or updated != self._updated:
+        if anew or self._annotations is None or updated != self._updated:
             self._annotations = self._server.annotations(self._job)
             self._updated = updated
         return [shape for shape in self._annotations.shapes if shape["frame"] == number]

@@ -2,10 +2,12 @@
 
 CVAT runs a function over a whole job, so jobs in which a person has worked are left alone as a whole. Its `cleanup` is
 never used: it would empty the job when the run begins, whatever has been drawn since. Pre-labels that are to be
-replaced are deleted by number instead, in the moment after they were compared with what was drawn.
+replaced are deleted by number instead, in the moment after they were compared with what was drawn. What a failed run
+has left is never deleted: people may have begun to correct it.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,27 +19,27 @@ from tqdm import tqdm
 from sscloud.errors import ConfigError, SchemaError, ServerError
 from sscloud.labels import LabelSchema
 from sscloud.shapes import ATTRIBUTES
-from training.annotations import is_auto
 from training.cvat import TRANSIENT, Annotations, Function, FunctionRun, ProjectLabel, Server
 from training.prelabel import (
     ATTEMPTS,
-    GONE,
     PAUSE,
     JobWork,
     Report,
     Selection,
     UnfitError,
+    is_gone,
     is_occupied,
     refuse_strangers,
     select,
     shapes_by_frame,
 )
 from training.prelabel_store import Drawn, FrameRecord, JobRecord, PrelabelStore, ServerRun, identity, judge
+from training.prelabel_witness import WRITES_EVERY, Witness
 from training.project_labels import match_labels
 
 FIRST_POLL: Final = 0.2
 """Seconds until the server is asked how a run is going; every further pause is half as long again."""
-LONGEST_POLL: Final = 5.0
+LONGEST_POLL: Final = 1.0
 
 
 def prelabel_by_server(
@@ -63,7 +65,8 @@ def prelabel_by_server(
         report: filled while the run goes on, so that it is right whatever ends the run.
         function: its id in CVAT; None: the only one whose labels meet those of the tasks.
         threshold: least confidence, 0 to 1.
-        replace_auto: put this function's shapes in place of another model's, where nobody has touched those.
+        replace_auto: put this function's shapes in place of those of another one, or drawn with another threshold,
+            where nobody has touched them.
         retries: how often a job is tried again after a run over it has failed.
         quiet: no progress bars.
 
@@ -85,7 +88,7 @@ def prelabel_by_server(
             try:
                 watch.annotate(replace_auto=replace_auto, retries=retries)
             except (ServerError, UnfitError) as error:
-                if isinstance(error, ServerError) and error.status in GONE:
+                if is_gone(error):
                     raise
                 report.failed.append(str(error))
             watch.show(len(item.frames))
@@ -149,6 +152,11 @@ def make_mapping(function: Function, met: Mapping[str, ProjectLabel]) -> dict[st
     }
 
 
+def holds_others(annotations: Annotations) -> bool:
+    """Whether there is anything in a job that is no shape."""
+    return bool(annotations.tags or annotations.tracks or annotations.intervals)
+
+
 class _Watch:
     """One job while the server draws in it."""
 
@@ -169,13 +177,17 @@ class _Watch:
         self._threshold, self._bar = threshold, bar
         self._job = work.job.id
         self._record = store.load(self._job)
+        self._settings = f"function {function.id} version {function.version}, threshold {threshold:g}"
+        self._witness = Witness("", frames=(), labels=())
+        self._looked = -math.inf
+        """When the job was looked at last; what another process has started, nobody has seen the beginning of."""
         self._shown = 0
 
     def annotate(self, *, replace_auto: bool, retries: int) -> None:
         """Press the button for the job unless people have worked in it, and see it through.
 
         Raises:
-            UnfitError: every try failed, or something else works on the task.
+            UnfitError: every try failed, or one has left something, or something else works on the task.
             ServerError: the server refuses, or is gone.
         """
         if self._record.run is not None:
@@ -183,13 +195,9 @@ class _Watch:
         if not self._is_wanted(replace_auto=replace_auto):
             return
         for attempt in range(1 + retries):
-            run = self._start()
-            run = self._wait(run)
-            if run.status == "finished":
-                self._collect(run)
+            problem = self._see_through(self._start())
+            if not problem:
                 return
-            problem = f"job {self._job}: {self._function.id} failed: {run.error or 'the server does not say why'}"
-            self._clear_up(run, problem)
             if attempt < retries:
                 self._report.notes.append(f"{problem} Tried again.")
         raise UnfitError(f"{problem} Its log says more (`nuctl get logs`, `docker logs`).")
@@ -204,8 +212,8 @@ class _Watch:
         """Whether the job may and should be run over; the report gets what it holds if not."""
         verdicts = self._verdicts(self._server.annotations(self._job))
         people = [frame for frame, verdict in verdicts.items() if verdict == "people"]
-        ours = {frame: self._record.of(frame).drawn.model for frame, verdict in verdicts.items() if verdict == "ours"}
-        same = sum(model == self._function.name for model in ours.values())
+        ours = [self._record.of(frame).drawn for frame, verdict in verdicts.items() if verdict == "ours"]
+        same = sum((drawn.model, drawn.settings) == (self._function.name, self._settings) for drawn in ours)
         reason = None
         if people:
             reason = "people's work in it (`--via local` goes frame by frame)"
@@ -241,9 +249,9 @@ class _Watch:
         runs = self._server.function_runs()
         self._refuse_others(runs)
         before = max((run.enqueued for run in runs if self._is_mine(run)), default="")
-        self._note(replace(self._record, run=ServerRun(function=self._function.id, model=self._function.name,
-                                                       enqueued=before)))  # fmt: skip
-        self._delete_drawn()
+        self._note(replace(self._record, run=replace(self._noted, enqueued=before)))
+        updated = self._delete_drawn()
+        self._note(JobRecord(run=replace(self._noted, updated=updated)))
         for attempt in range(ATTEMPTS):
             try:
                 run = self._server.start_function(
@@ -267,7 +275,7 @@ class _Watch:
                         raise
                     continue
                 run = found
-            self._note_run(run)
+            self._note(replace(self._record, run=replace(self._noted, id=run.id, enqueued=run.enqueued)))
             return run
         raise AssertionError("unreachable")
 
@@ -280,30 +288,56 @@ class _Watch:
                     "finished and run the same command once more."
                 )
 
-    def _delete_drawn(self) -> None:
+    def _delete_drawn(self) -> str:
         """Delete what was drawn here before; nothing else is in the job.
 
+        Returns:
+            The job's time of change when it was empty.
+
         Raises:
-            UnfitError: somebody has begun to draw meanwhile.
+            UnfitError: somebody has begun to draw meanwhile, or the deleted comes back.
             ServerError: it cannot be deleted.
         """
         for attempt in range(ATTEMPTS):
+            self._looked = time.monotonic()
+            updated = self._server.job(self._job).updated
             annotations = self._server.annotations(self._job)
             with self._forgetting():
-                if "people" in self._verdicts(annotations).values() and annotations.shapes:
+                begun = annotations.shapes and "people" in self._verdicts(annotations).values()
+                if begun or holds_others(annotations):
                     raise UnfitError(f"job {self._job}: somebody has begun to work in it; it is left as it is.")
             if not annotations.shapes:
-                break
+                return updated
             try:
                 self._server.delete_shapes(self._job, annotations.shapes)
             except ServerError as error:
                 if attempt == ATTEMPTS - 1 or (error.status is not None and error.status not in TRANSIENT):
                     raise
                 time.sleep(PAUSE * 2**attempt)
-        self._note(replace(self._record, frames={}))
+        raise UnfitError(f"job {self._job}: the former pre-labels could not be deleted. Run the command once more.")
+
+    def _see_through(self, run: FunctionRun) -> str:
+        """Wait for the end of a run and write down what it has drawn.
+
+        Returns:
+            Why it failed, without leaving anything; empty when it did not.
+
+        Raises:
+            UnfitError: it failed and has left something; or the server has forgotten it, or runs something else in its
+                place.
+        """
+        self._witness = Witness(self._noted.updated, frames=self._work.frames, labels=tuple(self._met.values()))
+        run = self._wait(run)
+        self._check_end(run)
+        if run.status == "finished":
+            self._collect()
+            return ""
+        problem = f"job {self._job}: {run.function} failed: {run.error or 'the server does not say why'}"
+        self._keep_rest(problem)
+        return problem
 
     def _wait(self, run: FunctionRun) -> FunctionRun:
-        """Ask until the run has ended.
+        """Ask until the run has ended, and look at the job all the time.
 
         Raises:
             UnfitError: the server has forgotten it, or runs something else in its place.
@@ -311,6 +345,7 @@ class _Watch:
         pause = FIRST_POLL
         first, size = min(self._work.frames, default=0), self._work.task.size
         try:
+            self._look()
             while run.status in ("queued", "started"):
                 time.sleep(pause)
                 pause = min(pause * 1.5, LONGEST_POLL)
@@ -321,68 +356,94 @@ class _Watch:
                         "cancelled it, perhaps. Run the same command once more."
                     )
                 run = found
+                self._look()
                 self._bar.set_postfix_str(f"job {self._job}: {run.status}", refresh=False)
                 self.show(min(len(self._work.frames), run.progress * size // 100 - first))
         except KeyboardInterrupt:
             self._report.notes.append(
-                f"The server goes on with job {self._job}. The same command waits for it and writes down what it draws."
+                f"The server goes on with job {self._job}. The same command waits for it, but what it draws until then "
+                "counts as people's work."
             )
             raise
         return run
 
-    def _collect(self, run: FunctionRun) -> None:
+    def _look(self) -> None:
+        """Have the witness see what has changed in the job since the last look."""
+        began = time.monotonic()
+        updated = self._server.job(self._job).updated
+        if updated != self._witness.updated:
+            annotations = self._server.annotations(self._job)
+            others, seconds = holds_others(annotations), time.monotonic() - self._looked
+            self._witness.see(updated, annotations.shapes, others=others, seconds=seconds)
+        self._looked = began
+
+    def _check_end(self, run: FunctionRun) -> None:
+        """Doubt, if the last change of the job may not have been the run's own."""
+        self._look()  # somebody may have saved while the last look went on
+        try:
+            own = datetime.fromisoformat(self._witness.updated) <= datetime.fromisoformat(run.ended)
+        except (ValueError, TypeError):
+            own = False
+        if not own and self._witness.count and not self._witness.doubt:
+            self._witness.doubt = "was changed before its pre-labels were written down"
+
+    def _collect(self) -> None:
         """Write down what a finished run has drawn, if nobody can have changed it."""
-        annotations = self._server.annotations(self._job)
-        drawn = [shape for shape in annotations.shapes if self._is_of_function(shape)]
-        model = self._record.run.model if self._record.run is not None else self._function.name
         self._report.drawn += len(self._work.frames)
-        self._report.shapes += len(drawn)
-        if not self._is_untouched_since(run):
-            self._note(JobRecord())
+        self._report.shapes += self._witness.count
+        if self._witness.doubt:
+            self._note(self._drawn(self._witness.gone()))
             self._report.notes.append(
-                f"Job {self._job} was changed before its pre-labels were written down: they count as people's work."
+                f"Job {self._job} {self._witness.doubt}, so what is in it counts as people's work."
             )
             return
-        identities: dict[int, list[str]] = {frame: [] for frame in self._work.frames}
-        for shape in drawn:
-            identities.setdefault(shape["frame"], []).append(identity(shape))
-        self._note(
-            JobRecord(
-                frames={
-                    frame: FrameRecord(drawn=Drawn(model=model, shapes=tuple(sorted(shapes))))
-                    for frame, shapes in identities.items()
-                }
-            )
-        )
+        self._note(self._drawn({frame: self._witness.first.get(frame, []) for frame in self._work.frames}))
 
-    def _clear_up(self, run: FunctionRun, problem: str) -> None:
-        """Delete what a failed run has left: CVAT writes every hundred frames.
+    def _keep_rest(self, problem: str) -> None:
+        """Leave to people what a failed run has left, if anything.
 
         Raises:
-            UnfitError: there is something, and nobody can tell any more whether it is that.
+            UnfitError: there is something.
         """
-        shapes = self._server.annotations(self._job).shapes
-        if shapes:
-            if not self._is_untouched_since(run) or not all(self._is_of_function(shape) for shape in shapes):
-                self._note(JobRecord())
-                raise UnfitError(f"{problem} It has left shapes among people's work; look at the job in CVAT.")
-            self._server.delete_shapes(self._job, shapes)
-        self._note(JobRecord())
+        # What somebody has deleted is remembered, so that it is not drawn again.
+        self._note(self._drawn(self._witness.gone()))
+        if self._witness.count or self._witness.first:
+            raise UnfitError(
+                f"{problem} {self._witness.count} shapes stay in the job and count as people's work: CVAT writes every "
+                f"{WRITES_EVERY} frames, and somebody may have begun to correct. `--via local` draws in the other "
+                "frames."
+            )
+
+    def _drawn(self, frames: Mapping[int, Sequence[str]]) -> JobRecord:
+        model, settings = self._noted.model, self._noted.settings
+        drawn = {
+            frame: Drawn(model=model, settings=settings, shapes=tuple(sorted(shapes)))
+            for frame, shapes in frames.items()
+        }
+        return JobRecord(frames={frame: FrameRecord(drawn=what) for frame, what in drawn.items()})
 
     def _resume(self) -> None:
-        """See a run through that was started before this process."""
+        """See a run through that was started before this process.
+
+        Raises:
+            UnfitError: it failed and has left something.
+        """
         run = self._find()
         if run is not None:
-            run = self._wait(run)
-        if run is not None and run.status == "finished":
-            self._collect(run)
-        elif run is not None:
-            self._clear_up(run, f"job {self._job}: {run.function} failed: {run.error}")
-        elif not self._server.annotations(self._job).shapes:
+            if problem := self._see_through(run):
+                self._report.notes.append(f"{problem} Tried again.")
+            return
+        annotations = self._server.annotations(self._job)
+        if not annotations.shapes:
             self._note(JobRecord())  # the former pre-labels were deleted already
-        else:
-            # Either nothing has happened yet, or it cannot be told any more: then the shapes count as people's work.
-            self._note(replace(self._record, run=None))
+            return
+        # Either nothing has happened yet, or it cannot be told any more: then the shapes count as people's work.
+        self._note(replace(self._record, run=None))
+        if "people" in self._verdicts(annotations).values():
+            self._report.notes.append(
+                f"Job {self._job}: the server does not know any more how a run of the function ended that was started "
+                "before, so what is in the job counts as people's work."
+            )
 
     def _find(self) -> FunctionRun | None:
         """The server's run that the record speaks of."""
@@ -399,23 +460,14 @@ class _Watch:
         return None
 
     def _is_mine(self, run: FunctionRun) -> bool:
-        noted = self._record.run
-        return run.job == self._job and run.function == (noted.function if noted else self._function.id)
+        return run.job == self._job and run.function == self._noted.function
 
-    def _is_of_function(self, shape: Mapping[str, Any]) -> bool:
-        return is_auto(shape) and shape["label_id"] in {label.id for label in self._met.values()}
-
-    def _is_untouched_since(self, run: FunctionRun) -> bool:
-        """Whether the last change of the job was the run's own."""
-        try:
-            changed = datetime.fromisoformat(self._server.job(self._job).updated)
-            return changed <= datetime.fromisoformat(run.ended)
-        except (ValueError, TypeError):
-            return False
-
-    def _note_run(self, run: FunctionRun) -> None:
-        noted = ServerRun(function=self._function.id, model=self._function.name, id=run.id, enqueued=run.enqueued)
-        self._note(replace(self._record, run=noted))
+    @property
+    def _noted(self) -> ServerRun:
+        """The run that the record speaks of, or the one that would be asked for."""
+        return self._record.run or ServerRun(
+            function=self._function.id, model=self._function.name, settings=self._settings
+        )
 
     def _note(self, record: JobRecord) -> None:
         self._record = record

@@ -38,6 +38,8 @@ class Drawn:
 
     model: str
     """Title; empty: nothing was drawn yet."""
+    settings: str = ""
+    """What else decides what is drawn: the same title with other weights, or another threshold, draws anew."""
     shapes: tuple[str, ...] = ()
     """Identities, sorted."""
 
@@ -60,10 +62,13 @@ class ServerRun:
 
     function: str
     model: str
+    settings: str = ""
     id: str = ""
     """The server's name for it; empty until the server has answered."""
     enqueued: str = ""
     """The server's time of the request; before the answer, that of an older run over this job."""
+    updated: str = ""
+    """The job's time of change when it was seen empty, before the request; empty until then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +220,7 @@ def holds(present: Iterable[str], drawn: Drawn) -> bool:
 
 
 def _drawn_json(drawn: Drawn) -> dict[str, Any]:
-    return {"model": drawn.model, "shapes": list(drawn.shapes)}
+    return {"model": drawn.model, "settings": drawn.settings, "shapes": list(drawn.shapes)}
 
 
 def _frame_json(record: FrameRecord) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def _frame_json(record: FrameRecord) -> dict[str, Any]:
 
 def _drawn(data: Mapping[str, Any]) -> Drawn:
     shapes = [str(shape) for shape in data["shapes"]]
-    return Drawn(model=str(data["model"]), shapes=tuple(sorted(shapes)))
+    return Drawn(model=str(data["model"]), settings=str(data["settings"]), shapes=tuple(sorted(shapes)))
 
 
 def _record(data: Mapping[str, Any]) -> FrameRecord:

@@ -1,7 +1,7 @@
 """Which frames of a CVAT server count: those of finished annotation jobs, without deleted ones and replicas."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -68,15 +68,13 @@ def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Surv
     Raises:
         ServerError: a project or task that does not exist, or no answer.
     """
-    tasks = {task.id: task for project in selection.projects for task in _project_tasks(server, project)}
-    for number in selection.tasks:
-        tasks[number] = tasks.get(number) or server.task(number)
+    tasks = find_tasks(server, projects=selection.projects, tasks=selection.tasks)
     wanted: dict[tuple[int, int], Wanted] = {}
     left_out: Counter[str] = Counter()
     doubles = not_images = 0
     labels: dict[int, tuple[ProjectLabel, ...]] = {}
-    by_project: dict[int, tuple[ProjectLabel, ...]] = {}
-    for task in tqdm([tasks[number] for number in sorted(tasks)], "Tasks", unit="task", disable=quiet or None):
+    book = LabelBook(server)
+    for task in tqdm(tasks, "Tasks", unit="task", disable=quiet or None):
         if not task.images:
             not_images += 1
             continue
@@ -89,12 +87,7 @@ def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Surv
                 jobs.append(job)
         if not jobs:
             continue
-        if task.project_id is None:
-            labels[task.id] = tuple(server.labels(task_id=task.id))
-        else:
-            if task.project_id not in by_project:
-                by_project[task.project_id] = tuple(server.labels(project_id=task.project_id))
-            labels[task.id] = by_project[task.project_id]
+        labels[task.id] = book.of(task)
         frames = server.frames(task.id)
         # Ground truth first: its frames are taken with the shapes drawn there.
         for job in sorted(jobs, key=lambda job: (job.type != "ground_truth", job.id)):
@@ -107,7 +100,7 @@ def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Surv
     return Survey(
         server=server.url,
         wanted=tuple(wanted[key] for key in sorted(wanted)),
-        scope=frozenset(tasks),
+        scope=frozenset(task.id for task in tasks),
         projects=frozenset(selection.projects),
         labels=labels,
         jobs_left_out=dict(left_out),
@@ -116,9 +109,35 @@ def survey(server: Server, selection: Selection, *, quiet: bool = False) -> Surv
     )
 
 
-def _project_tasks(server: Server, project: int) -> list[Task]:
-    server.project(project)  # a project without tasks and one that does not exist both list nothing
-    return server.tasks(project)
+def find_tasks(server: Server, *, projects: Iterable[int], tasks: Iterable[int]) -> list[Task]:
+    """All tasks of some projects, and others by their numbers, each once, by number.
+
+    Raises:
+        ServerError: a project or task that does not exist, or no answer.
+    """
+    found: dict[int, Task] = {}
+    for project in projects:
+        server.project(project)  # a project without tasks and one that does not exist both list nothing
+        found.update({task.id: task for task in server.tasks(project)})
+    for number in tasks:
+        found[number] = found.get(number) or server.task(number)
+    return [found[number] for number in sorted(found)]
+
+
+class LabelBook:
+    """The labels of tasks; a project's are asked for once."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._of_project: dict[int, tuple[ProjectLabel, ...]] = {}
+
+    def of(self, task: Task) -> tuple[ProjectLabel, ...]:
+        """The labels that can be drawn in a task."""
+        if task.project_id is None:
+            return tuple(self._server.labels(task_id=task.id))
+        if task.project_id not in self._of_project:
+            self._of_project[task.project_id] = tuple(self._server.labels(project_id=task.project_id))
+        return self._of_project[task.project_id]
 
 
 def _left_out(job: Job, selection: Selection) -> str | None:

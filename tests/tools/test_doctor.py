@@ -473,10 +473,13 @@ class TestAllOfIt:
             found = by_check(list(examine(DoctorConfig(nuclio=nuclio), server=server)))
         assert found["models"].what == "CVAT cannot list its models: it does not reach Nuclio."
 
-    def test_without_a_function_and_a_bundle_no_labels_are_compared(self, cvat: Any) -> None:
+    def test_without_a_function_and_a_bundle_no_labels_are_compared(
+        self, cvat: Any, cvat_server: "CvatStandin"
+    ) -> None:
         server, make_project = cvat
         project = make_project(LABELS[:2], (32, 64))
         with dashboard(b"{}") as (url, _):
+            cvat_server.nuclio_url = url
             found = by_check(list(examine(DoctorConfig(project=project, nuclio=url), server=server)))
         assert found["labels"].level == "warning"
         assert "were not compared" in found["labels"].what

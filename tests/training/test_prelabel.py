@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cvat_sdk import Client, models
 from cvat_standin import (
+    Body,
     CvatStandin,
     Drop,
     Site,
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sscloud.bundle import Manifest, ModelBundle, save_bundle
-from sscloud.errors import ConfigError, SchemaError, ServerError
+from sscloud.errors import ConfigError, SchemaError, ServerError, UnreachableError
 from sscloud.image import decode_image
 from sscloud.inference import Predictor
 from sscloud.labels import LabelSchema
@@ -79,11 +80,17 @@ class MortalServer(Server):
     """Dies between two requests that change something."""
 
     executioner: Executioner
+    on_create: Callable[[int], object]
+    """Told which write of shapes is about to begin, from 1."""
+    creations = 0
 
-    def create_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> None:
+    def create_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
         self.executioner.step()
-        super().create_shapes(job_id, shapes)
+        self.creations += 1
+        self.on_create(self.creations)
+        created = super().create_shapes(job_id, shapes)
         self.executioner.step()
+        return created
 
     def delete_shapes(self, job_id: int, shapes: Sequence[Mapping[str, Any]]) -> None:
         self.executioner.step()
@@ -120,6 +127,7 @@ class Bench:
     def _set_up(self, site: Site, client: Client, store: Path, detector: Detector, project: int, task: int) -> None:
         self.site, self.client, self.store, self.detector = site, client, store, detector
         self.project, self.task = project, task
+        self.on_create: Callable[[int], object] = lambda _: None
         self.labels = label_ids(client, project)
         self.jobs = jobs_of(client, task)
         self.first, self.second = self.jobs[0], self.jobs[-1]
@@ -129,6 +137,7 @@ class Bench:
         server = MortalServer.connect(account)
         assert isinstance(server, MortalServer)
         server.executioner = Executioner(None)
+        server.on_create = self.on_create
         return server
 
     def run(self, *, detector: Detector | None = None, kill_after: int | None = None, **options: Any) -> Report:
@@ -221,7 +230,25 @@ def next_detector(
     """A model that sees something else."""
     model = make_unet(seed=5)
     manifest = make_manifest(model.architecture, version=4)
-    return Detector(save_bundle(tmp_path_factory.mktemp("bundles") / "next", model, manifest), device="cpu")
+    bundle = save_bundle(tmp_path_factory.mktemp("bundles") / "next", model, manifest)
+    return Detector(bundle, device="cpu", min_area=60)
+
+
+@pytest.fixture(scope="module")
+def coarse(tiny_bundle: ModelBundle) -> Detector:
+    """The same bundle, which draws little."""
+    return Detector(tiny_bundle, device="cpu", min_area=60)
+
+
+@pytest.fixture(scope="module")
+def twin(
+    tmp_path_factory: pytest.TempPathFactory, make_unet: Callable[..., UNet], make_manifest: Callable[..., Manifest]
+) -> Detector:
+    """Other weights under the same name and version."""
+    model = make_unet(seed=6)
+    manifest = make_manifest(model.architecture)
+    bundle = save_bundle(tmp_path_factory.mktemp("bundles") / "twin", model, manifest)
+    return Detector(bundle, device="cpu", min_area=60)
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +365,23 @@ def test_another_models_pre_labels_are_replaced_when_asked(bench: Bench, next_de
     assert report.shapes == sum(len(bench.shapes(job)) for job in bench.jobs)
 
 
+@pytest.mark.parametrize("what", ["threshold", "min area", "weights"])
+def test_the_same_title_with_other_settings_draws_anew_when_asked(
+    faulty: Bench, coarse: Detector, twin: Detector, what: str
+) -> None:
+    selection = Selection(jobs=(faulty.second,))
+    faulty.run(detector=coarse, selection=selection)
+    before = faulty.looks()
+    options: dict[str, Any] = {"selection": selection, "detector": coarse}
+    options |= {"threshold": {"threshold": 0.8}, "weights": {"detector": twin}}.get(what, {"detector": faulty.detector})
+    report = faulty.run(**options)
+    assert (report.drawn, report.already, report.other_model) == (0, 0, 1)
+    assert faulty.looks() == before
+    assert faulty.run(**options, replace_auto=True).drawn == 1
+    assert faulty.looks() != before
+    assert faulty.run(**options).already == 1
+
+
 def test_only_open_annotation_jobs(bench: Bench) -> None:
     truth = make_ground_truth(bench.client, bench.task, [0])
     set_state(bench.client, bench.second, state="completed")
@@ -444,19 +488,70 @@ def test_an_image_that_cannot_be_read_stops_nothing(faulty: Bench, cvat_server: 
     assert "the file has 64x64 pixels, CVAT says 128x64" in report.failed[1]
 
 
+def test_an_answer_that_cannot_be_used_costs_one_job(faulty: Bench, cvat_server: CvatStandin) -> None:
+    cvat_server.fail("GET", f"/api/jobs/{faulty.first}/annotations", Body(b"<html>"), times=None)
+    report = faulty.run()
+    assert report.drawn == 1
+    assert len(report.failed) == 2
+    assert all("the answer is not JSON" in problem for problem in report.failed)
+
+
+def test_a_server_that_is_gone_ends_the_run(faulty: Bench, cvat_server: CvatStandin) -> None:
+    cvat_server.fail("GET", f"/api/jobs/{faulty.first}/annotations", Drop(after=None), times=None)
+    with pytest.raises(UnreachableError, match="no answer"):
+        faulty.run()
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_job_is_not_read_after_every_frame(
+    cvat_server: CvatStandin, tmp_path: Path, coarse: Detector, *, meanwhile: bool
+) -> None:
+    """Unless somebody has drawn in the moment that the write of a frame hides."""
+    pictures = {f"{number}.png": _picture(number) for number in range(6)}
+    with cvat_server.site.client() as client:
+        project = cvat_server.site.make_project(client, "Улица", LABELS).id
+        bench = Bench.of(cvat_server.site, client, tmp_path, coarse, project, make_task(client, project, pictures).id)
+        if meanwhile:
+            person = polygon(bench.labels["Земля"], 5, TRIANGLE)
+            store, job = cvat_server.store, cvat_server.store.job(bench.first)
+            bench.on_create = lambda creation: (
+                creation == 4 and store.write([job], {"shapes": [person]}, "create", by_frame=False)
+            )
+        cvat_server.forget()
+        report = bench.run()
+        reads = cvat_server.count("GET", ANNOTATIONS)
+        assert (report.drawn, report.people, report.failed) == ((5, 1, []) if meanwhile else (6, 0, []))
+        assert (len(bench.in_frame(5)) == 1) == meanwhile
+        assert reads == (3 if meanwhile else 2)
+
+
+def test_what_is_corrected_in_the_last_moment_is_not_deleted(
+    faulty: Bench, cvat_server: CvatStandin, coarse: Detector, next_detector: Detector
+) -> None:
+    """While the new shapes are written, in the moment before the old ones are deleted."""
+    selection = Selection(jobs=(faulty.first,))
+    faulty.run(detector=coarse, selection=selection)
+    old = faulty.in_frame(1)[0]["id"]
+    faulty.on_create = lambda creation: creation == 2 and cvat_server.edit_shape(old, type="polygon", points=TRIANGLE)
+    assert faulty.run(detector=next_detector, selection=selection, replace_auto=True).drawn == 2
+    assert [shape["id"] for shape in faulty.in_frame(1) if shape["points"] == TRIANGLE] == [old]
+    report = faulty.run(detector=next_detector, selection=selection, replace_auto=True)
+    assert (report.already, report.people) == (1, 1)
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("fault", [Drop(after=None), Status(504)])
 def test_a_lost_answer_draws_nothing_twice(
-    faulty: Bench, cvat_server: CvatStandin, fault: Drop | Status, *, before: bool
+    faulty: Bench, cvat_server: CvatStandin, coarse: Detector, fault: Drop | Status, *, before: bool
 ) -> None:
     """Whether the server has written, or not, is looked up."""
     cvat_server.fail("PATCH", ANNOTATIONS, fault, before=before)
-    report = faulty.run()
+    report = faulty.run(detector=coarse)
     assert (report.drawn, report.failed) == (3, [])
     assert cvat_server.count("PATCH", ANNOTATIONS) == (4 if before else 3)
     spoilt = faulty.looks()
     faulty.delete_all()
-    assert faulty.run().drawn == 3
+    assert faulty.run(detector=coarse).drawn == 3
     assert spoilt == faulty.looks()
 
 
@@ -486,10 +581,12 @@ def test_a_person_who_begins_meanwhile_is_not_disturbed(faulty: Bench, cvat_serv
 
 
 @pytest.mark.parametrize("replacing", [False, True])
-def test_killed_anywhere_and_run_again(faulty: Bench, next_detector: Detector, *, replacing: bool) -> None:
+def test_killed_anywhere_and_run_again(
+    faulty: Bench, coarse: Detector, next_detector: Detector, *, replacing: bool
+) -> None:
     """Between any two of its steps: it ends in the same shapes as a run that nobody killed."""
     selection = Selection(jobs=(faulty.second,))
-    options: dict[str, Any] = {"selection": selection}
+    options: dict[str, Any] = {"selection": selection, "detector": coarse}
     if replacing:
         options |= {"detector": next_detector, "replace_auto": True}
     steps = 0
@@ -497,7 +594,7 @@ def test_killed_anywhere_and_run_again(faulty: Bench, next_detector: Detector, *
         steps += 1
         faulty.delete_all()
         if replacing:
-            faulty.run(selection=selection)
+            faulty.run(selection=selection, detector=coarse)
         try:
             faulty.run(kill_after=steps, **options)
             break

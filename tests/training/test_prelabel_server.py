@@ -74,7 +74,7 @@ class MortalServer(Server):
     """Dies before and after requests that change something; tells when a run was asked for."""
 
     executioner: Executioner
-    on_poll: Callable[[FunctionRun | None], None]
+    on_poll: Callable[[FunctionRun | None], object]
     polled = False
 
     def start_function(self, *args: Any, **options: Any) -> FunctionRun:
@@ -117,15 +117,15 @@ class Model:
     """Calls, counted from 1, that fail."""
     gate: threading.Event | None = None
     """Calls wait for it."""
-    seconds: float = 0.0
-    """A call takes so long."""
+    on_call: Callable[[int], object] = lambda _: None
+    """Told the number of a call, from 1, while it goes on."""
     calls: int = 0
 
     def __call__(self, image: bytes, payload: dict[str, Any]) -> list[dict[str, Any]]:
         self.calls += 1
         if self.gate is not None:
             self.gate.wait(30)
-        time.sleep(self.seconds)
+        self.on_call(self.calls)
         if self.calls in self.fail:
             raise RuntimeError("out of memory")
         left = self.version
@@ -159,7 +159,8 @@ class Bench:
         self.jobs = jobs_of(client, self.task)
         self.first, self.second = self.jobs[0], self.jobs[-1]
         self.model = self.deploy(Model())
-        self.on_poll: Callable[[FunctionRun | None], None] = lambda _: None
+        self.on_poll: Callable[[FunctionRun | None], object] = lambda _: None
+        self.polls = 0
 
     def deploy(self, model: Model, name: str = "unet") -> Model:
         self.cvat.add_function(Function(id=name, name=model.title, version=model.version, labels=SPEC, handler=model))
@@ -173,11 +174,36 @@ class Bench:
         with MortalServer.connect(account) as server, MortalStore(self.store, server=server.url) as store:
             assert isinstance(server, MortalServer)
             server.executioner = store.executioner = Executioner(kill_after)
-            server.on_poll = self.on_poll
+            server.on_poll = self._poll
             prelabel_by_server(
                 server, store, selection=selection, schema=LabelSchema.default(), report=report, quiet=True, **options
             )
         return report
+
+    def _poll(self, run: FunctionRun | None) -> None:
+        self.polls += 1
+        self.on_poll(run)
+
+    def wait_until_seen(self) -> None:
+        """Return when what is in the job now has been looked at."""
+        polls = self.polls  # the job is looked at after each
+        for _ in range(4000):
+            if self.polls > polls + 1:
+                return
+            time.sleep(0.005)
+        raise TimeoutError("nobody looks")
+
+    def wait_for_end(self) -> None:
+        """Return when all runs have ended."""
+        for run in list(self.cvat.lambdas.runs.values()):
+            assert run.thread is not None
+            run.thread.join(30)
+
+    def correct(self) -> dict[str, Any]:
+        """A person's correction of the first shape of the first job → the shape."""
+        number = self.cvat.shapes(self.first)[0]["id"]
+        self.cvat.edit_shape(number, points=[0.0, 1.0, 3.0, 0.0, 3.0, 0.0])
+        return next(shape for shape in self.cvat.shapes(self.first) if shape["id"] == number)
 
     def shapes(self, job: int) -> list[dict[str, Any]]:
         return job_shapes(self.client, job)
@@ -185,6 +211,12 @@ class Bench:
     def looks(self) -> dict[int, list[tuple[int, str]]]:
         """What is drawn, without the numbers."""
         return {job: sorted((shape["frame"], identity(shape)) for shape in self.shapes(job)) for job in self.jobs}
+
+    def attribute(self, label: str, name: str) -> int:
+        """Number of a label's attribute."""
+        with self.cvat.store.lock:
+            attributes = self.cvat.store.label(self.labels[label]).attributes
+        return next(attribute.id for attribute in attributes if attribute.name == name)
 
     def requests(self) -> list[dict[str, Any]]:
         return [logged.json for logged in self.cvat.find("POST", REQUESTS)]
@@ -204,10 +236,23 @@ def _picture(seed: int) -> bytes:
     return stream.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test takes, it looks often enough."""
+    monkeypatch.setattr("training.prelabel_witness.SOON", 600.0)
+
+
 @pytest.fixture
 def bench(cvat_server: CvatStandin, tmp_path: Path) -> Iterator[Bench]:
     with cvat_server.site.client() as client:
         yield Bench(cvat_server, client, tmp_path / "store")
+
+
+@pytest.fixture
+def long_bench(cvat_server: CvatStandin, tmp_path: Path) -> Iterator[Bench]:
+    """A job of 103 frames: CVAT writes after frame 100, in call 101, and at the end."""
+    with cvat_server.site.client() as client:
+        yield Bench(cvat_server, client, tmp_path / "store", frames=103, segment_size=0)
 
 
 def test_one_request_a_job_with_labels_that_meet(bench: Bench) -> None:
@@ -258,11 +303,9 @@ def test_touched_pre_labels_are_peoples_work(bench: Bench, *, deleted: bool) -> 
     bench.run()
     shape = bench.cvat.shapes(bench.first)[0]
     if deleted:
-        with bench.cvat.store.lock:
-            job = bench.cvat.store.job(bench.first)
-            job.shapes = job.shapes[1:]
+        _delete(bench, shape["id"])
     else:
-        bench.cvat.edit_shape(shape["id"], points=[0.0, 1.0, 3.0, 0.0, 3.0, 0.0])
+        bench.correct()
     before = bench.shapes(bench.first)
     bench.deploy(Model(version=4))
     report = bench.run(replace_auto=True)
@@ -304,16 +347,144 @@ def test_what_never_works_is_reported(bench: Bench) -> None:
     assert bench.run().drawn == 2
 
 
-def test_a_failed_run_leaves_nothing_behind(cvat_server: CvatStandin, tmp_path: Path) -> None:
-    """CVAT writes the first hundred frames before it comes to the one that fails."""
-    with cvat_server.site.client() as client:
-        bench = Bench(cvat_server, client, tmp_path / "store", frames=103, segment_size=0)
-        bench.model.fail = [103, 206]
-        report = bench.run(retries=1)
-        assert len(report.failed) == 1
-        assert bench.shapes(bench.first) == []
-        assert bench.run().drawn == 103
-        assert len(bench.shapes(bench.first)) == 206
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_a_failed_run_has_left_stays(long_bench: Bench, *, corrected: bool) -> None:
+    """People may have corrected it."""
+    bench = long_bench
+    bench.model.fail = [103]
+    if corrected:
+        bench.model.on_call = lambda call: call == 102 and bench.correct()
+    report = bench.run(retries=2)
+    assert bench.model.calls == 103
+    assert len(report.failed) == 1
+    assert "202 shapes stay in the job and count as people's work" in report.failed[0]
+    shapes = bench.shapes(bench.first)
+    assert len(shapes) == 202
+    assert any(len(shape["points"]) == 6 for shape in shapes) == corrected
+    bench.deploy(Model(version=4))
+    report = bench.run(replace_auto=True)
+    assert (report.drawn, report.people) == (0, 101)
+    assert bench.shapes(bench.first) == shapes
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_corrections_while_the_function_runs_are_peoples_work(long_bench: Bench, *, seen: bool) -> None:
+    """Whether the shapes were looked at before the correction, or not."""
+    bench = long_bench
+
+    def correct(call: int) -> None:
+        if call == 102:
+            if seen:
+                bench.wait_until_seen()
+            bench.correct()
+
+    bench.model.on_call = correct
+    if not seen:
+        bench.model.gate = gate = threading.Event()
+        bench.on_poll = lambda _: (gate.set(), bench.wait_for_end())  # no look while it works
+    report = bench.run()
+    assert (report.drawn, report.failed) == (103, [])
+    why = "was changed by somebody while the function ran" if seen else "could have been changed before"
+    assert [why in note and "counts as people's work" in note for note in report.notes] == [True]
+    before = bench.shapes(bench.first)
+    bench.deploy(Model(version=4))
+    assert bench.run(replace_auto=True).people == 103
+    assert bench.shapes(bench.first) == before
+
+
+def test_what_was_watched_from_the_first_write_to_the_end_is_the_models(long_bench: Bench) -> None:
+    bench = long_bench
+    bench.model.on_call = lambda call: call == 102 and bench.wait_until_seen()
+    report = bench.run()
+    assert (report.drawn, report.shapes, report.notes) == (103, 206, [])
+    assert bench.run().already == 103
+
+
+@pytest.mark.parametrize(
+    ("frame", "model", "seen"), [(0, "", False), (1, "Улица v3", False), (0, "Улица v3", True), (1, "Улица v3", True)]
+)
+def test_shapes_of_a_detector_that_a_person_ran_meanwhile(bench: Bench, frame: int, model: str, *, seen: bool) -> None:
+    """They are `auto`, and of the same labels."""
+    ground = bench.labels["Земля"]
+    attribute = bench.attribute("Земля", "model")
+
+    def draw(call: int) -> None:
+        if call == 2:
+            values = [{"spec_id": attribute, "value": model}] if model else []
+            shape = polygon(ground, frame, TRIANGLE, source="auto", attributes=values)
+            with bench.cvat.store.lock:
+                bench.cvat.store.write(
+                    [bench.cvat.store.job(bench.first)], {"shapes": [shape]}, "create", by_frame=False
+                )
+            if seen:
+                bench.wait_until_seen()
+
+    bench.model.on_call = draw
+    report = bench.run()
+    assert (report.drawn, report.failed) == (3, [])
+    assert len(report.notes) == 1
+    assert "that one run of the function cannot have drawn" in report.notes[0]
+    before = bench.shapes(bench.first)
+    assert len(before) == 5
+    bench.deploy(Model(version=4))
+    bench.run(replace_auto=True)
+    assert bench.shapes(bench.first) == before
+
+
+def test_what_a_person_deletes_meanwhile_is_not_drawn_again(long_bench: Bench) -> None:
+    bench = long_bench
+
+    def delete(call: int) -> None:
+        if call == 102:
+            bench.wait_until_seen()
+            _delete(bench, *(shape["id"] for shape in bench.cvat.shapes(bench.first)))
+
+    bench.model.on_call = delete
+    bench.model.fail = [103]
+    report = bench.run()
+    assert "0 shapes stay in the job" in report.failed[0]
+    assert bench.run().people == 101
+    assert bench.shapes(bench.first) == []
+
+
+def _delete(bench: Bench, *numbers: int) -> None:
+    with bench.cvat.store.lock:
+        job = bench.cvat.store.job(bench.first)
+        job.shapes = [shape for shape in job.shapes if shape["id"] not in numbers]
+        bench.cvat.store.touch(job)
+
+
+def test_another_threshold_or_version_draws_anew_when_asked(bench: Bench) -> None:
+    """Under the same title."""
+    selection = Selection(jobs=(bench.second,))
+    bench.run(selection=selection)
+    report = bench.run(selection=selection, threshold=0.25)
+    assert (report.already, report.other_model) == (0, 1)
+    assert bench.run(selection=selection, threshold=0.25, replace_auto=True).drawn == 1
+    assert bench.run(selection=selection, threshold=0.25).already == 1
+    bench.cvat.add_function(Function(id="unet", name="Улица v3", version=4, labels=SPEC, handler=bench.model))
+    assert bench.run(selection=selection, threshold=0.25, replace_auto=True).drawn == 1
+
+
+def test_a_run_that_the_server_has_forgotten_is_said(bench: Bench) -> None:
+    """Its shapes count as people's work."""
+    selection = Selection(jobs=(bench.second,))
+    bench.model.gate = gate = threading.Event()
+
+    def kill(_: FunctionRun | None) -> None:
+        raise Killed
+
+    bench.on_poll = kill
+    with pytest.raises(Killed):
+        bench.run(selection=selection)
+    gate.set()
+    bench.wait_for_end()
+    bench.cvat.lambdas.runs.clear()
+    bench.on_poll = lambda _: None
+    report = bench.run(selection=selection)
+    assert report.people == 1
+    assert len(report.notes) == 1
+    assert "does not know any more how a run of the function ended" in report.notes[0]
 
 
 def test_another_run_in_the_task_is_respected(bench: Bench) -> None:
@@ -347,10 +518,12 @@ def test_a_lost_answer_starts_nothing_twice(bench: Bench, *, before: bool) -> No
 
 @pytest.mark.parametrize("replacing", [False, True])
 def test_killed_anywhere_and_run_again(bench: Bench, *, replacing: bool) -> None:
-    """Between any two of its steps: it ends in the same shapes as a run that nobody killed."""
+    """Between any two of its steps: it ends in the same shapes as a run that nobody killed.
+
+    Only when it is killed after the end of the function, and before this was written down, they count as people's work.
+    """
     selection = Selection(jobs=(bench.second,))
-    bench.model.seconds = 0.1
-    steps = 0
+    steps = unsure = 0
     expected: dict[int, list[tuple[int, str]]] = {}
     while True:
         steps += 1
@@ -358,19 +531,25 @@ def test_killed_anywhere_and_run_again(bench: Bench, *, replacing: bool) -> None
         if replacing:
             bench.deploy(Model(version=3))
             bench.run(selection=selection)
-            bench.deploy(Model(version=4, seconds=0.1))
+        gate = threading.Event()
+        bench.deploy(Model(version=4, gate=gate))
+        bench.on_poll, bench.polls = lambda _, gate=gate: bench.polls > 1 and gate.set(), 0  # while it is watched
         try:
             bench.run(kill_after=steps, selection=selection, replace_auto=replacing)
             break
         except Killed:
             report = bench.run(selection=selection, replace_auto=replacing)
-            assert (report.failed, report.people) == ([], 0), f"step {steps}"
             expected = expected or bench.looks()
+            assert report.failed == []
             assert bench.looks() == expected, f"step {steps}"
-            assert bench.run(selection=selection).already == 1
+            unsure += report.people
+            assert len(report.notes) == report.people
+            last = bench.run(selection=selection)
+            assert (last.already, last.people) == (1 - report.people, report.people), f"step {steps}"
     assert bench.looks() == expected
     assert len(expected[bench.second]) == 2
     assert steps > 8
+    assert unsure == 1
 
 
 def test_somebody_who_is_faster_than_the_notes(bench: Bench) -> None:
@@ -381,7 +560,7 @@ def test_somebody_who_is_faster_than_the_notes(bench: Bench) -> None:
     def touch(run: FunctionRun | None) -> None:
         gate.set()
         if run is not None and run.status == "finished" and run.job == bench.first:
-            bench.cvat.edit_shape(bench.cvat.shapes(bench.first)[0]["id"], points=[0.0, 1.0, 3.0, 0.0, 3.0, 0.0])
+            bench.correct()
 
     bench.on_poll = touch
     report = bench.run()

@@ -20,7 +20,8 @@ pre-labels that somebody has deleted.
 
 --via local runs a bundle on this machine, frame by frame: nothing is too large, and a job that is half done gets its
 other half. --via server presses "Automatic annotation" for a function that CVAT lists, job by job: jobs in which people
-have worked are left alone as a whole.
+have worked are left alone as a whole, and what is in a job in which somebody works while the function runs counts as
+people's work, all of it. So it does when this command did not watch the whole run.
 
 What was drawn is remembered in the folder --store, one file a job. Share it among the people who pre-label a server:
 without it, old pre-labels count as people's work. The command can be stopped, or killed, at any moment and run again.
@@ -83,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace-auto",
         action="store_true",
-        help="put the model's shapes in place of another model's, where those are exactly as they were drawn",
+        help="put the model's shapes in place of another model's, or of those drawn with another --threshold or "
+        "--min-area, where they are exactly as they were drawn",
     )
     parser.add_argument(
         "--store",
@@ -184,7 +186,10 @@ def _print(report: "Report") -> None:
     print(f"  {_frames(report.drawn)} pre-labelled, {report.shapes} shapes")
     for count, what in (
         (report.already, "pre-labelled by this model before"),
-        (report.other_model, "with another model's pre-labels, left as they are (--replace-auto replaces them)"),
+        (
+            report.other_model,
+            "with pre-labels of another model or other settings, left as they are (--replace-auto replaces them)",
+        ),
         (report.people, "with people's work, left as they are"),
     ):
         if count:
