@@ -1,5 +1,6 @@
 import argparse
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,7 @@ def item(name: str, group: str, split: Split | None, pixels: dict[int, int]) -> 
         image=f"{name}.png",
         mask=f"{name}.png",
         size_hw=(10, 10),
-        image_sha256="",
+        image_sha256=f"sha256 of {name}",
         mask_sha256="",
         pixels=pixels,
         people_pixels=0,
@@ -73,4 +74,9 @@ def test_the_table() -> None:
     assert len({len(line) for line in lines}) == 1
     assert warnings[0] == "Note."
     assert warnings[1].startswith("Too few. Add panoramas of other groups, or choose smaller groups: --group-by image")
-    assert split_lines(items, LabelSchema.default(), Assignment(splits={}, memory=SplitMemory()))[1] == []
+    quiet = Assignment(splits={}, memory=SplitMemory())
+    assert split_lines(items, LabelSchema.default(), quiet)[1] == []
+    twice = [*items, replace(items[0], name="f")]
+    assert split_lines(twice, LabelSchema.default(), quiet)[1] == [
+        "1 picture(s) are in the dataset more than once, each time in the same split: a, f."
+    ]
