@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sscloud.errors import ImageError, SchemaError, ServerError, SSCloudError, UnreachableError
 from sscloud.image import decode_image
-from training.annotations import AUTO
+from training.annotations import AUTO, is_auto
 from training.cvat import TRANSIENT, Annotations, Frame, Job, ProjectLabel, Server, Task
 from training.detector import Detector, region_points
 from training.prelabel_store import (
@@ -80,6 +80,8 @@ class Report:
     """Frames that hold pre-labels of another model, or drawn with other settings, and were not to be replaced."""
     people: int = 0
     """Frames with people's work."""
+    strange: int = 0
+    """Of them, frames whose shapes are all a model's as CVAT says, while the store knows nothing of them."""
     jobs_left_out: Counter[str] = field(default_factory=Counter)
     """Why → jobs."""
     unmet: Counter[str] = field(default_factory=Counter)
@@ -324,6 +326,8 @@ class _Desk:
             verdict = self._verdict(frame.number)  # somebody may have begun meanwhile
         if verdict == "people":
             report.people += 1
+            shapes = self._present(frame.number)
+            report.strange += not drawn.shapes and bool(shapes) and all(map(is_auto, shapes))
             return
         target = Drawn(model=title, settings=settings, shapes=tuple(sorted(identity(shape) for shape in shapes)))
         self._note(frame.number, FrameRecord(drawn=drawn, next=target))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sscloud.errors import ConfigError, SchemaError, ServerError
 from sscloud.labels import LabelSchema
 from sscloud.shapes import ATTRIBUTES
+from training.annotations import is_auto
 from training.cvat import TRANSIENT, Annotations, Function, FunctionRun, ProjectLabel, Server
 from training.prelabel import (
     ATTEMPTS,
@@ -210,7 +211,8 @@ class _Watch:
 
     def _is_wanted(self, *, replace_auto: bool) -> bool:
         """Whether the job may and should be run over; the report gets what it holds if not."""
-        verdicts = self._verdicts(self._server.annotations(self._job))
+        annotations = self._server.annotations(self._job)
+        verdicts = self._verdicts(annotations)
         people = [frame for frame, verdict in verdicts.items() if verdict == "people"]
         ours = [self._record.of(frame).drawn for frame, verdict in verdicts.items() if verdict == "ours"]
         same = sum((drawn.model, drawn.settings) == (self._function.name, self._settings) for drawn in ours)
@@ -225,6 +227,11 @@ class _Watch:
             return True
         self._report.jobs_left_out[reason] += 1
         self._report.people += len(people)
+        shapes = shapes_by_frame(annotations)
+        self._report.strange += sum(
+            not self._record.of(frame).drawn.shapes and frame in shapes and all(map(is_auto, shapes[frame]))
+            for frame in people
+        )
         self._report.already += same
         self._report.other_model += len(ours) - same
         return False

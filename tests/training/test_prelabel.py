@@ -365,6 +365,16 @@ def test_another_models_pre_labels_are_replaced_when_asked(bench: Bench, next_de
     assert report.shapes == sum(len(bench.shapes(job)) for job in bench.jobs)
 
 
+def test_a_store_that_knows_nothing_of_a_models_shapes_says_so(faulty: Bench) -> None:
+    selection = Selection(jobs=(faulty.second,))
+    faulty.run(selection=selection)
+    before = faulty.looks()
+    faulty.store = faulty.store.with_name("another")
+    report = faulty.run(selection=selection, replace_auto=True)
+    assert (report.people, report.strange, report.drawn) == (1, 1, 0)
+    assert faulty.looks() == before
+
+
 @pytest.mark.parametrize("what", ["threshold", "min area", "weights"])
 def test_the_same_title_with_other_settings_draws_anew_when_asked(
     faulty: Bench, coarse: Detector, twin: Detector, what: str

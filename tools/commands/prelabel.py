@@ -194,6 +194,11 @@ def _print(report: "Report") -> None:
     ):
         if count:
             print(f"  {_frames(count)} {what}")
+    if report.strange:
+        print(
+            f"  of these, {_frames(report.strange)} with a model's shapes only, which --store does not know: drawn "
+            "from another folder, or by the button in CVAT?"
+        )
     for reason, count in sorted(report.jobs_left_out.items()):
         if count:
             print(f"  {count} job{'s' * (count > 1)} left out: {reason}")
