@@ -3,14 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from tqdm import tqdm
 
 from sscloud.errors import ServerError
 from training.cvat import Frame, Job, ProjectLabel, Server, Task
-
-STAGES: Final = ("annotation", "validation", "acceptance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +18,8 @@ class Selection:
     projects: tuple[int, ...] = ()
     tasks: tuple[int, ...] = ()
     states: frozenset[str] = frozenset({"completed"})
-    stages: frozenset[str] = frozenset(STAGES)
+    stages: frozenset[str] | None = None
+    """None: any."""
     ground_truth: Literal["skip", "test"] = "skip"
     """Leave the frames of ground-truth jobs to the other jobs, or take them, with the shapes drawn there, as test."""
 
@@ -149,6 +148,6 @@ def _left_out(job: Job, selection: Selection) -> str | None:
         return f"type {job.type}"
     if job.state not in selection.states:
         return f"state {job.state}"
-    if job.stage not in selection.stages:
+    if selection.stages is not None and job.stage not in selection.stages:
         return f"stage {job.stage}"
     return None

@@ -331,3 +331,23 @@ def _wait_for(condition: Callable[[], bool], *, pause: float = 0.01) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen within a minute"
         time.sleep(pause)
+
+
+def test_a_models_drawing_counts_as_seen_when_somebody_has_finished_the_job(
+    cvat_server: CvatStandin, tmp_path: Path
+) -> None:
+    project = make_project(cvat_server.site, tasks=1, frames=1)
+    with cvat_server.site.client() as client:
+        (task,) = client.projects.retrieve(project).get_tasks()
+        (job,) = jobs_of(client, task.id)
+    for shape in cvat_server.shapes(job):
+        cvat_server.edit_shape(shape["id"], source="auto")
+    arguments = ("--project", project, "--state", "completed", "--state", "new", "-o", tmp_path / "data")
+    cvat_server.set_job(job, state="new")
+    assert (
+        "a model's drawing that nobody has finished (0_normals)" in sscloud_fetch(cvat_server.site, *arguments).stderr
+    )
+    cvat_server.set_job(job, state="completed")
+    seen = sscloud_fetch(cvat_server.site, *arguments)
+    assert seen.returncode == 0, seen.stderr
+    assert "nobody has finished" not in seen.stderr

@@ -26,6 +26,7 @@ from cvat_standin import (
     polygon,
     set_state,
 )
+from executioner import Executioner, Killed
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -57,23 +58,6 @@ TRIANGLE = [1.0, 1.0, 40.0, 1.0, 40.0, 30.0]
 
 
 ANNOTATIONS = r"/api/jobs/\d+/annotations"
-
-
-class Killed(BaseException):
-    """The end of a process, in the middle of its work."""
-
-
-class Executioner:
-    """Ends a run after so many steps."""
-
-    def __init__(self, steps: int | None) -> None:
-        self._left = steps
-
-    def step(self) -> None:
-        if self._left is not None:
-            self._left -= 1
-            if self._left == 0:
-                raise Killed
 
 
 class MortalServer(Server):

@@ -23,6 +23,7 @@ from cvat_standin import (
     make_task,
     polygon,
 )
+from executioner import Executioner, Killed
 from PIL import Image
 
 from sscloud.errors import ConfigError, SchemaError
@@ -51,23 +52,6 @@ SPEC = [
 ]
 TRIANGLE = [1.0, 1.0, 9.0, 1.0, 9.0, 7.0]
 REQUESTS = r"/api/lambda/requests$"
-
-
-class Killed(BaseException):
-    """The end of a process, in the middle of its work."""
-
-
-class Executioner:
-    """Ends a run after so many steps."""
-
-    def __init__(self, steps: int | None) -> None:
-        self._left = steps
-
-    def step(self) -> None:
-        if self._left is not None:
-            self._left -= 1
-            if self._left == 0:
-                raise Killed
 
 
 class MortalServer(Server):

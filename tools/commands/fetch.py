@@ -138,7 +138,7 @@ def _fetch(args: argparse.Namespace, server: "Server", schema: "LabelSchema") ->
     from training.fetch import fetch
     from training.manifest import read_manifest
     from training.rule import Rule
-    from training.survey import STAGES, Selection
+    from training.survey import Selection
 
     before = read_manifest(args.output)
     summary = fetch(
@@ -148,7 +148,7 @@ def _fetch(args: argparse.Namespace, server: "Server", schema: "LabelSchema") ->
             projects=tuple(args.project),
             tasks=tuple(args.task),
             states=frozenset(args.state or ["completed"]),
-            stages=frozenset(args.stage or STAGES),
+            stages=frozenset(args.stage) if args.stage else None,
             ground_truth=args.ground_truth,
         ),
         rule=Rule(schema=schema, unknown=args.unknown, empty=args.empty),
@@ -183,11 +183,20 @@ def _print(summary: "Summary", args: argparse.Namespace, server: "Server", schem
 def _warnings(summary: "Summary", args: argparse.Namespace, schema: "LabelSchema") -> list[str]:
     found = summary.survey
     lines = [f"left out: {problem}" for problem in summary.left_out]
-    untouched = [item.name for item in summary.manifest.items if item.auto_pixels and not item.people_pixels]
+    jobs = summary.manifest.jobs
+    finished = {key for key, facts in jobs.items() if facts.get("state") == "completed"}
+    untouched = [
+        item.name
+        for item in summary.manifest.items
+        if item.auto_pixels
+        and not item.people_pixels
+        and item.source.get("kind") == "cvat"
+        and f"{item.source['server']}#{item.source['job']}" not in finished
+    ]
     if untouched:
         lines.append(
-            f"{len(untouched)} panorama(s) show a model's drawing alone ({_listed(untouched)}): who trains on them "
-            "teaches the model its own mistakes. --state completed takes what people have finished."
+            f"{len(untouched)} panorama(s) show a model's drawing that nobody has finished ({_listed(untouched)}): who "
+            "trains on them teaches the model its own mistakes. --state completed takes what people have finished."
         )
     if summary.empty:
         lines.append(

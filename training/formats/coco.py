@@ -28,9 +28,9 @@ from training.formats.entry import (
     check_reference,
     collect,
     find_image,
+    gather,
     image_members,
     root_of,
-    settle_claims,
 )
 from training.rasterise import Shape
 
@@ -40,15 +40,8 @@ _Object = Mapping[str, Any]
 def list_entries(archive: ZipArchive) -> Contents:
     """All images that the files of objects list."""
     images = image_members(archive)
-    entries: list[Entry] = []
-    broken: list[ArchiveError] = []
-    for member in sorted(name for name in archive.members if is_annotations(name)):
-        for found in _read(archive, member, images):
-            if isinstance(found, Entry):
-                entries.append(found)
-            else:
-                broken.append(found)
-    return settle_claims(entries, images.values(), broken)
+    members = sorted(name for name in archive.members if is_annotations(name))
+    return gather((found for member in members for found in _read(archive, member, images)), images.values())
 
 
 def is_annotations(member: str) -> bool:

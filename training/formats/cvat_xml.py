@@ -28,8 +28,8 @@ from training.formats.entry import (
     check_reference,
     collect,
     find_image,
+    gather,
     image_members,
-    settle_claims,
 )
 from training.rasterise import (
     EllipseShape,
@@ -59,15 +59,8 @@ def list_entries(archive: ZipArchive) -> Contents:
         ArchiveError: an export of CVAT for video.
     """
     images = image_members(archive)
-    entries: list[Entry] = []
-    broken: list[ArchiveError] = []
-    for xml in sorted(name for name in archive.members if PurePosixPath(name).suffix.lower() == ".xml"):
-        for found in _read(archive, xml, images):
-            if isinstance(found, Entry):
-                entries.append(found)
-            else:
-                broken.append(found)
-    return settle_claims(entries, images.values(), broken)
+    members = sorted(name for name in archive.members if PurePosixPath(name).suffix.lower() == ".xml")
+    return gather((found for xml in members for found in _read(archive, xml, images)), images.values())
 
 
 def _read(archive: ZipArchive, xml: str, images: Mapping[str, str]) -> Iterator[Entry | ArchiveError]:

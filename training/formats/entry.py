@@ -113,6 +113,18 @@ def find_image(archive: ZipArchive, images: Mapping[str, str], places: Iterable[
     return next((images[place.casefold()] for place in places if place.casefold() in images), None)
 
 
+def gather(found: Iterable[Entry | ArchiveError], images: Iterable[str]) -> Contents:
+    """Contents of an archive from what a reader found one by one; see `settle_claims`."""
+    entries: list[Entry] = []
+    broken: list[ArchiveError] = []
+    for one in found:
+        if isinstance(one, Entry):
+            entries.append(one)
+        else:
+            broken.append(one)
+    return settle_claims(entries, images, broken)
+
+
 def settle_claims(
     entries: Iterable[Entry],
     images: Iterable[str],
