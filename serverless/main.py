@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import nuclio_sdk
 
 from sscloud.errors import ConfigError, ImageError, RequestError
+from sscloud.shapes import MAX_REGIONS
 
 if TYPE_CHECKING:
     from serverless.model_handler import ModelHandler
@@ -49,7 +50,7 @@ class Settings:
         """
         return cls(
             min_area=_whole_number(environment, "SSCLOUD_MIN_AREA"),
-            max_regions=_whole_number(environment, "SSCLOUD_MAX_REGIONS") or 1000,
+            max_regions=_whole_number(environment, "SSCLOUD_MAX_REGIONS") or MAX_REGIONS,
             device=environment.get("SSCLOUD_DEVICE") or "auto",
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sscloud.bundle import ModelBundle
 from sscloud.inference import Predictor
-from sscloud.shapes import Region, find_regions, mask_json, outline
+from sscloud.shapes import Region, find_regions, mask_json, outline, smallest_region
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class ModelHandler:
     def __init__(self, bundle_path: Path, *, device: str, min_area: int | None, max_regions: int) -> None:
         bundle = ModelBundle.load(bundle_path)
         self.manifest = bundle.manifest
-        self.min_area = max(1, round(self.manifest.scale**-2)) if min_area is None else min_area
+        self.min_area = smallest_region(self.manifest.scale) if min_area is None else min_area
         self.max_regions = max_regions
         self._predictor = Predictor(bundle, device=device)
         self._predictor.warm_up()

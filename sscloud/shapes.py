@@ -18,6 +18,9 @@ from sscloud.labels import count_ids
 ATTRIBUTES = ("model", "confidence")
 """Text attributes that every region carries. CVAT keeps those that the function's spec and the task's label declare."""
 
+MAX_REGIONS = 1000
+"""Most regions of one image, unless a setting says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
@@ -43,6 +46,11 @@ class Regions(NamedTuple):
     """Regions left out because they are smaller than the minimum area."""
     surplus: int
     """Regions left out, smallest first, because there were more than the limit."""
+
+
+def smallest_region(scale: float) -> int:
+    """Pixels of the smallest region that a model of this scale can mean: one pixel of what it sees."""
+    return max(1, round(scale**-2))
 
 
 def find_regions(

@@ -20,10 +20,7 @@ from PIL import Image, ImageOps
 from sscloud.bundle import ModelBundle
 from sscloud.image import decode_image
 from sscloud.inference import Predictor
-from sscloud.shapes import ATTRIBUTES, Region, find_regions, outline
-
-MAX_REGIONS = 1000
-"""Most regions of one image, the largest first; as in the served function."""
+from sscloud.shapes import ATTRIBUTES, MAX_REGIONS, Region, find_regions, outline, smallest_region
 
 
 class Detector:
@@ -51,7 +48,7 @@ class Detector:
         self.manifest = bundle.manifest
         self.labels = tuple(label for label in bundle.manifest.labels.classes if not label.background)
         """What regions are made of; background and void are not sent."""
-        self._min_area = max(1, round(self.manifest.scale**-2)) if min_area is None else min_area
+        self._min_area = smallest_region(self.manifest.scale) if min_area is None else min_area
         self._max_regions = max_regions
         self._background_ids = frozenset(range(256)) - {label.id for label in self.labels}
         self._predictor = Predictor(bundle, device=device)
