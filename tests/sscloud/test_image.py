@@ -1,7 +1,11 @@
 """Pictures from outside: formats, damage, bombs; resampling that knows about no-returns; label maps."""
 
+import base64
 import io
 import struct
+import subprocess
+import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sscloud.errors import ImageError
 from sscloud.image import (
     MAX_PIXELS,
+    MAX_SCANS,
     NO_RETURN_BELOW,
+    Resample,
     decode_image,
     image_size,
+    image_size_of,
     no_return,
     read_image,
     read_label_map,
@@ -44,6 +51,31 @@ def png_header(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+ARITHMETIC_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAA0JCgsKCA0LCgsODg0PEyAVExISEyccHhcgLikxMC4pLSwzOko+MzZGNywtQFdBRkxOUlNSMj5aYVpQ"
+    "YEpRUk//2wBDAQ4ODhMREyYVFSZPNS01T09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT09PT0//yQARCAAQABgD"
+    "AREAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/AJ5Tz20soBWXdeDqbh5R5cTx/wDFg7WUQ/8A8Wakousmc/bq26PusWe/hvR+giYe"
+    "zrVA/9k="
+)
+"""24x16 pixels (x*10, y*15, (x+y)*6) by `cjpeg -arithmetic -quality 60 -sample 1x1`; Pillow writes no such file."""
+
+
+def panorama_jpeg(make_panorama: "MakePanorama", size_hw: tuple[int, int] = (97, 203), **options: object) -> bytes:
+    return encode(Image.fromarray(make_panorama(size_hw)), "JPEG", **options)
+
+
+def pillows(data: bytes) -> NDArray[np.uint8]:
+    """A picture as Pillow alone decodes it."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.fixture
+def no_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow may read headers and nothing else."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +175,195 @@ class TestDecode:
     ) -> None:
         exif = Image.Exif()
         exif[0x0112] = orientation
-        data = encode(Image.fromarray(colours), "PNG", exif=exif)
-        assert np.array_equal(decode_image(data), turn(colours))
-        (tmp_path / "a.png").write_bytes(data)
-        assert image_size(tmp_path / "a.png") == turn(colours).shape[:2]
+        for kind in ("PNG", "TIFF"):
+            data = encode(Image.fromarray(colours), kind, exif=exif)
+            assert np.array_equal(decode_image(data), turn(colours))
+            (tmp_path / "picture").write_bytes(data)
+            assert image_size(tmp_path / "picture") == turn(colours).shape[:2]
+
+
+class TestJpeg:
+    """Ordinary JPEGs are decoded without Pillow, to the same pixels."""
+
+    KINDS = (
+        *({"quality": quality, "subsampling": sampling} for quality in (30, 95) for sampling in (0, 1, 2)),
+        {"progressive": True},
+        {"optimize": True},
+        {"restart_marker_blocks": 3},
+        {"comment": b"a comment"},
+    )
+
+    @pytest.mark.parametrize("options", KINDS, ids=str)
+    @pytest.mark.parametrize("size_hw", [(97, 203), (1, 1), (64, 128)], ids=str)
+    def test_pixels_are_pillows(
+        self, make_panorama: MakePanorama, options: dict[str, object], size_hw: tuple[int, int]
+    ) -> None:
+        data = panorama_jpeg(make_panorama, size_hw, **options)
+        expected = pillows(data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("PIL.ImageFile.ImageFile.load", None)
+            found = decode_image(data)
+        assert found.flags.c_contiguous
+        assert found.flags.writeable
+        assert np.array_equal(found, expected)
+
+    def test_grey(self, make_panorama: MakePanorama, no_pillow: None) -> None:
+        grey = Image.fromarray(make_panorama((97, 203))[..., 2])
+        found = decode_image(encode(grey, "JPEG", quality=100))
+        assert np.abs(found.astype(int) - np.asarray(grey)[..., None]).max() <= 3
+
+    def test_arithmetic_coding(self, no_pillow: None) -> None:
+        y, x = np.mgrid[0:16, 0:24]
+        expected = np.stack([x * 10, y * 15, (x + y) * 6], axis=2)
+        assert np.abs(decode_image(ARITHMETIC_JPEG) - expected).max() <= 12
+
+    def test_colours_without_a_transform(self, make_panorama: MakePanorama) -> None:
+        data = panorama_jpeg(make_panorama, keep_rgb=True)
+        assert np.array_equal(decode_image(data), pillows(data))
+
+    @pytest.mark.parametrize("orientation", range(10))
+    def test_exif_turns_upright(self, make_panorama: MakePanorama, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = panorama_jpeg(make_panorama, exif=exif)
+        expected = pillows(data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("PIL.ImageFile.ImageFile.load", None)
+            found = decode_image(data)
+        assert found.flags.c_contiguous
+        assert np.array_equal(found, expected)
+        assert image_size_of(data) == found.shape[:2]
+
+    def test_what_follows_the_end_is_ignored(self, make_panorama: MakePanorama, no_pillow: None) -> None:
+        data = panorama_jpeg(make_panorama)
+        garbage = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
+        expected = decode_image(data)
+        for more in (b"\n", garbage, data, b"\xff\xda\x00\x02" * 1000):
+            assert np.array_equal(decode_image(data + more), expected)
+
+    def test_several_pictures_in_one_file(self, make_panorama: MakePanorama) -> None:
+        first, second = (Image.fromarray(make_panorama(seed=seed)) for seed in (0, 1))
+        data = encode(first, "MPO", save_all=True, append_images=[second])
+        assert np.array_equal(decode_image(data), pillows(data))
+        assert np.abs(decode_image(data).astype(int) - np.asarray(first)).mean() < 10
+
+    def test_metadata_may_look_like_scans(self, make_panorama: MakePanorama, no_pillow: None) -> None:
+        data = panorama_jpeg(make_panorama)
+        segment = b"\xff\xe9" + struct.pack(">H", 2 + 4 * 1000) + b"\xff\xda\x00\x02" * 1000
+        assert np.array_equal(decode_image(data[:2] + segment + data[2:]), decode_image(data))
+
+    def test_too_many_scans(self, make_panorama: MakePanorama) -> None:
+        data = panorama_jpeg(make_panorama, progressive=True)
+        last = data.rindex(b"\xff\xda")
+        start, scan = data[:last], data[last:-2]
+        before = start.count(b"\xff\xda")
+        assert 4 < before < 20
+        most = start + scan * (MAX_SCANS - before) + data[-2:]
+        assert decode_image(most).shape == (97, 203, 3)
+        for more in (scan + data[-2:], scan * 1000, b"\xff\x01" + scan):
+            with pytest.raises(ImageError, match=r"^The image is a JPEG of more than 100 scans.*Save it again\.$"):
+                decode_image(most[:-2] + more)
+
+    def test_a_frame_of_another_size_than_the_header_says(self, make_panorama: MakePanorama) -> None:
+        """Of two frame headers Pillow and libjpeg may read different ones: the smaller one must not pass the bound."""
+        data = panorama_jpeg(make_panorama)
+        at = data.index(b"\xff\xc0")
+        frame = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+        small = frame[:5] + struct.pack(">HH", 8, 8) + frame[9:]
+        large = frame[:5] + struct.pack(">HH", 60000, 60000) + frame[9:]
+        for frames in (small + large, large + small):
+            with pytest.raises(ImageError, match=r"too large|broken or truncated|million pixels"):
+                decode_image(data[:at] + frames + data[at + len(frame) :])
+
+
+class TestLeastSize:
+    @pytest.mark.parametrize("kind", [{"subsampling": 0}, {}, {"progressive": True}], ids=str)
+    @pytest.mark.parametrize(
+        ("least_hw", "expected"),
+        [
+            ((1, 1), (13, 26)),
+            ((20, 20), (25, 51)),
+            ((20, 80), (49, 102)),
+            ((97, 203), (97, 203)),
+            ((200, 9), (97, 203)),
+        ],
+    )
+    def test_a_jpeg_is_no_smaller(
+        self,
+        make_panorama: MakePanorama,
+        kind: dict[str, object],
+        least_hw: tuple[int, int],
+        expected: tuple[int, int],
+    ) -> None:
+        data = panorama_jpeg(make_panorama, **kind)
+        found = decode_image(data, least_hw=least_hw)
+        assert found.shape[2] == 3
+        assert all(
+            size >= min(least, full) for size, least, full in zip(found.shape, least_hw, (97, 203), strict=False)
+        )
+        assert found.shape[0] <= expected[0]
+        assert found.shape[1] <= expected[1]
+        assert image_size_of(data) == (97, 203)
+
+    def test_it_is_about_the_average(self, make_panorama: MakePanorama) -> None:
+        data = panorama_jpeg(make_panorama, (128, 256), quality=100, subsampling=0)
+        mean = decode_image(data).reshape(32, 4, 64, 4, 3).mean(axis=(1, 3))
+        assert np.abs(decode_image(data, least_hw=(32, 64)) - mean).mean() < 2
+
+    def test_it_means_the_upright_picture(self, make_panorama: MakePanorama) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = panorama_jpeg(make_panorama, (64, 256), exif=exif)
+        assert decode_image(data, least_hw=(128, 10)).shape == (128, 32, 3)
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_other_formats_are_decoded_in_full(self, colours: NDArray[np.uint8], kind: str) -> None:
+        assert np.array_equal(decode_image(encode(Image.fromarray(colours), kind), least_hw=(1, 1)), colours)
+
+
+class TestFrames:
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+    def test_the_first_frame_counts(self, colours: NDArray[np.uint8], kind: str) -> None:
+        options = {"lossless": True} if kind == "WEBP" else {}
+        later = [Image.fromarray(255 - colours)] * 3
+        data = encode(Image.fromarray(colours), kind, save_all=True, append_images=later, **options)
+        assert np.array_equal(decode_image(data), colours)
+        assert image_size_of(data) == (24, 40)
+
+
+class TestPngOrientation:
+    """PNGs may say how they are turned in several places, some of them after the pixels."""
+
+    XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
+
+    @pytest.mark.parametrize(
+        ("kind", "data", "turned"),
+        [
+            (b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0", True),
+            (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP, True),
+            (b"tEXt", b"Comment\0eXIf", False),
+        ],
+    )
+    @pytest.mark.parametrize("before", [True, False], ids=["before the pixels", "after the pixels"])
+    def test_the_size_is_the_decoded_one(
+        self, colours: NDArray[np.uint8], kind: bytes, data: bytes, *, turned: bool, before: bool
+    ) -> None:
+        chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        png = encode(Image.fromarray(colours), "PNG")
+        at = png.index(b"IDAT" if before else b"IEND") - 4
+        png = png[:at] + chunk + png[at:]
+        expected = (40, 24) if turned else (24, 40)
+        assert decode_image(png).shape == (*expected, 3)
+        assert image_size_of(png) == expected
 
 
 class TestDamage:
+    @pytest.mark.parametrize("read", [decode_image, image_size_of])
+    def test_broken_exif(self, colours: NDArray[np.uint8], read: Callable[[bytes], object]) -> None:
+        data = encode(Image.fromarray(colours), "PNG", exif=b"MM\xff\xff\xff\xff\0\x08")
+        with pytest.raises(ImageError, match=r"^The image is broken or truncated: .*Save or send it again\.$"):
+            read(data)
+
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP"])
     @pytest.mark.parametrize("share", [0.5, 0.9])
     def test_truncated(self, colours: NDArray[np.uint8], kind: str, share: float) -> None:
@@ -280,12 +494,46 @@ class TestNoReturn:
 
 
 class TestResize:
-    @pytest.mark.parametrize("size_hw", [(409, 819), (12, 20), (24, 40), (7, 40), (48, 80)])
+    @pytest.mark.parametrize("size_hw", [(2, 4), (5, 9), (12, 20), (24, 40), (7, 40), (48, 80)])
     def test_bicubic_is_pillows(self, size_hw: tuple[int, int], colours: NDArray[np.uint8]) -> None:
         expected = np.asarray(Image.fromarray(colours).resize(size_hw[::-1], Image.Resampling.BICUBIC))
         found = resize_image(colours, size_hw, resample="bicubic", encoding="normals")
         assert found.shape == (*size_hw, 3)
-        assert np.array_equal(found, expected)
+        assert found.flags.c_contiguous
+        assert np.abs(found.astype(int) - expected).max() <= 1
+        assert (found != expected).mean() < 0.02
+
+    @pytest.mark.parametrize("resample", ["bicubic", "valid-area"])
+    def test_any_array_is_taken(self, make_panorama: MakePanorama, resample: Resample) -> None:
+        image = make_panorama()
+        expected = resize_image(image, (17, 31), resample=resample, encoding="normals")
+        frozen = image.copy()
+        frozen.flags.writeable = False
+        offset = np.empty(image.size + 3, np.uint8)[3:].reshape(image.shape)
+        offset[:] = image
+        wide = np.zeros((64, 300, 3), np.uint8)[:, 100:228]
+        wide[:] = image
+        for other in (frozen, offset, wide, image[::-1].copy()[::-1], np.asfortranarray(image)):
+            assert np.array_equal(resize_image(other, (17, 31), resample=resample, encoding="normals"), expected)
+
+    @pytest.mark.parametrize("resample", ["bicubic", "valid-area"])
+    @pytest.mark.parametrize("size_hw", [(1, 1), (1, 31), (17, 1), (64, 31), (17, 128)])
+    def test_thin_results_keep_their_shape(
+        self, make_panorama: MakePanorama, resample: Resample, size_hw: tuple[int, int]
+    ) -> None:
+        found = resize_image(make_panorama(), size_hw, resample=resample, encoding="normals")
+        assert found.shape == (*size_hw, 3)
+
+    def test_without_torch_bicubic_is_pillows(
+        self, colours: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torch", None)
+        expected = np.asarray(Image.fromarray(colours).resize((17, 9), Image.Resampling.BICUBIC))
+        assert np.array_equal(resize_image(colours, (9, 17), resample="bicubic", encoding="rgb"), expected)
+
+    def test_the_module_does_without_torch(self) -> None:
+        code = "import sys; sys.modules['torch'] = None; import sscloud.image"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_scaled_size_truncates(self) -> None:
         assert scaled_size((4096, 8192), 0.1) == (409, 819)
@@ -338,6 +586,43 @@ class TestResize:
                 cancelled = length < 0.5
                 assert cancelled.mean() < 0.01
                 assert np.abs(length[~cancelled] - 1).max() < 3**0.5 / 255 + 1e-6
+
+    @pytest.mark.parametrize("size_hw", [(32, 64), (40, 83), (12, 25), (409, 819), (95, 192), (96, 101)])
+    def test_returns_are_weighed_by_their_area(self, make_panorama: MakePanorama, size_hw: tuple[int, int]) -> None:
+        """Against the definition, in float64 and with whole matrices of weights."""
+        source_hw = (96, 192) if size_hw[0] < 100 else (512, 1024)
+        image = make_panorama(source_hw)
+        image[np.random.default_rng(1).random(source_hw) < 0.1] = 5  # a no-return that is not quite black
+
+        def overlaps(source: int, target: int) -> NDArray[np.float64]:
+            edges = np.arange(target + 1) * source / target
+            low = np.maximum(edges[:-1, None], np.arange(source))
+            return np.clip(np.minimum(edges[1:, None], np.arange(source) + 1) - low, 0, None)
+
+        down, along = overlaps(source_hw[0], size_hw[0]), overlaps(source_hw[1], size_hw[1])
+        valid = image.max(2) >= NO_RETURN_BELOW
+        total = np.einsum("yh,hwc,xw->yxc", down, image * valid[..., None].astype(float), along, optimize=True)
+        area = np.einsum("yh,hw,xw->yx", down, valid.astype(float), along, optimize=True)
+        normals = total / np.maximum(area, 1e-9)[..., None] / 127.5 - 1
+        length = np.linalg.norm(normals, axis=2)
+        normals /= np.maximum(length, 1e-9)[..., None]
+        cover = area / (source_hw[0] * source_hw[1] / size_hw[0] / size_hw[1])
+        found = resize_image(image, size_hw, resample="valid-area", encoding="normals")
+        sure = np.abs(cover - 0.5) > 1e-3
+        assert sure.mean() > 0.95
+        assert np.array_equal((found > 0).any(2)[sure], (cover > 0.5)[sure])
+        compared = sure & (cover > 0.5) & (length > 0.2)  # of normals that cancel each other, noise is left
+        assert compared.mean() > 0.3
+        assert np.abs(found - (normals + 1) * 127.5)[compared].max() <= 1
+
+    def test_little_memory_is_taken(self, make_panorama: MakePanorama) -> None:
+        image = make_panorama((1024, 2048))
+        resize_image(image, (102, 204), resample="valid-area", encoding="normals")
+        tracemalloc.start()
+        resize_image(image, (102, 204), resample="valid-area", encoding="normals")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < image.nbytes / 4
 
     def test_half_covered_is_a_return(self) -> None:
         for valid, kept in ((0, False), (49, False), (50, True), (100, True)):
