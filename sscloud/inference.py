@@ -1,20 +1,42 @@
-"""Predictor: a panorama → class map and confidence at its full size, as the bundle says."""
+"""Predictor: a panorama → class map and confidence, as the bundle says."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from sscloud.architecture import STRIDE
 from sscloud.bundle import ModelBundle, channels_to_label_map
 from sscloud.errors import ConfigError, ImageError
-from sscloud.image import MAX_PIXELS, decode_image, read_image, resize_image, scaled_size
-from sscloud.unet import STRIDE
-from sscloud.upsample import classify
+from sscloud.image import MAX_PIXELS, decode_image, image_size_of, read_image, resize_image, scaled_size
+from sscloud.stages import Stages
+from sscloud.upsample import Interpolated, class_map, top_probability
 
 ASPECT_TOLERANCE = 0.02
 """Relative deviation of an image's aspect from the bundle's up to which it is taken for a panorama."""
+
+LARGEST_WIDTH = 8192
+"""Columns of the largest panoramas that scanners write."""
+
+Backend = Literal["torch", "openvino"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+
+
+class Forward(Protocol):
+    """Runs a bundle's network over images, one at a time."""
+
+    @property
+    def tuned_to_size(self) -> bool:
+        """Whether the first image of a size takes longer."""
+
+    def logits(self, image: NDArray[np.uint8], *, wrap: bool) -> NDArray[np.float32]:
+        """(h, w, 3) uint8 RGB, at least 16 pixels on each side → (C, h, w) float32 logits."""
+
+    def describe(self) -> str:
+        """Library, device and precision, for a log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +45,8 @@ class Segmentation:
 
     class_map: NDArray[np.uint8]
     """(H, W) channel of the network."""
-    confidence: NDArray[np.float32]
-    """(H, W) probability of that channel, 0 to 1."""
+    confidence: Interpolated
+    """Probability of a pixel's best channel, 0 to 1."""
     label_ids: tuple[int, ...]
     """The label id that each channel writes."""
     wrapped: bool
@@ -42,22 +64,33 @@ class Predictor:
     Args:
         bundle: a loaded bundle.
         device: `auto` (the GPU when there is one), `cpu`, `cuda`, `cuda:1`, …
+        precision: `auto` (the fastest that the hardware is made for), `fp32`, `bf16`, `fp16` or `int8`.
+        backend: the library that computes; OpenVINO needs a CPU, and no PyTorch.
 
     Raises:
-        ConfigError: the device does not exist here.
+        ConfigError: the device does not exist here, or cannot compute in that precision.
         BundleError: the weights do not fit.
     """
 
-    def __init__(self, bundle: ModelBundle, *, device: str = "auto") -> None:
+    def __init__(
+        self, bundle: ModelBundle, *, device: str = "auto", precision: Precision = "auto", backend: Backend = "torch"
+    ) -> None:
         self.bundle = bundle
-        self.device = find_device(device)
-        self._model = bundle.model().to(self.device)
-        self._model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        self._forward = make_forward(bundle, device=device, precision=precision, backend=backend)
+
+    def describe(self) -> str:
+        """Library, device and precision, for a log."""
+        return self._forward.describe()
 
     def warm_up(self) -> None:
-        """Run the network once, so that the first request does not pay for lazy initialisation."""
-        side = int(np.ceil(STRIDE / self.bundle.manifest.scale)) + 1
-        self.predict(np.zeros((side, max(side, round(side * self.bundle.manifest.aspect)), 3), np.uint8))
+        """Run the network once, so that the first request does not pay for lazy initialisation.
+
+        What is tuned to a size is shown the largest panorama.
+        """
+        aspect = self.bundle.manifest.aspect
+        least = math.ceil(STRIDE / self.bundle.manifest.scale) + 1
+        height = max(least, round(LARGEST_WIDTH / aspect)) if self._forward.tuned_to_size else least
+        self.predict(np.zeros((height, max(least, round(height * aspect)), 3), np.uint8))
 
     def predict_file(self, path: Path) -> Segmentation:
         """`predict` of a file; errors name it."""
@@ -67,35 +100,62 @@ class Predictor:
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
 
-    def predict(self, image: bytes | NDArray[np.uint8], *, max_pixels: int = MAX_PIXELS) -> Segmentation:
+    def predict(
+        self,
+        image: bytes | NDArray[np.uint8],
+        *,
+        max_pixels: int = MAX_PIXELS,
+        draft: bool = False,
+        stages: Stages | None = None,
+    ) -> Segmentation:
         """Segment one image.
 
         Args:
             image: an encoded picture, or (H, W, 3) uint8 RGB.
             max_pixels: bound on encoded pictures.
+            draft: decode JPEGs at a fraction of their size, no less than twice the network's input: faster, and
+                worse for small classes.
+            stages: told how long decode, resize, forward and upsample take.
 
         Raises:
             ImageError: not decodable, too large, or too small for the model.
         """
-        pixels = decode_image(image, max_pixels=max_pixels) if isinstance(image, bytes) else image
+        clock = stages or Stages()
         manifest = self.bundle.manifest
-        size_hw = (pixels.shape[0], pixels.shape[1])
-        input_hw = scaled_size(size_hw, manifest.scale)
+        with clock("decode"):
+            full_hw: tuple[int, int] | None = None
+            if isinstance(image, bytes):
+                least_hw: tuple[int, int] | None = None
+                if draft:
+                    full_hw = image_size_of(image, max_pixels=max_pixels)
+                    least_hw = scaled_size(full_hw, min(1.0, 2 * manifest.scale))
+                image = decode_image(image, max_pixels=max_pixels, least_hw=least_hw)
+            size_hw = full_hw or (image.shape[0], image.shape[1])
+            input_hw = self._input_size(size_hw)
+        with clock("resize"):
+            scaled = resize_image(image, input_hw, resample=manifest.resample, encoding=manifest.encoding)
+            del image  # the largest array of all, and needed no more
+        wrap = manifest.architecture.wrap and is_panorama(size_hw, manifest.aspect)
+        with clock("forward"):
+            logits = self._forward.logits(scaled, wrap=wrap)
+        with clock("upsample"):
+            return Segmentation(
+                class_map=class_map(logits, size_hw, wrap=wrap),
+                confidence=Interpolated(values=top_probability(logits), size_hw=size_hw, wrap=wrap),
+                label_ids=manifest.label_ids,
+                wrapped=wrap,
+            )
+
+    def _input_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        scale = self.bundle.manifest.scale
+        input_hw = scaled_size(size_hw, scale)
         if min(input_hw) < STRIDE:
-            least = int(np.ceil(STRIDE / manifest.scale))
+            least = math.ceil(STRIDE / scale)
             raise ImageError(
-                f"The image is {size_hw[1]}x{size_hw[0]} pixels, too small for this model: at scale {manifest.scale:g} "
+                f"The image is {size_hw[1]}x{size_hw[0]} pixels, too small for this model: at scale {scale:g} "
                 f"it needs at least {least} pixels on each side."
             )
-        wrap = manifest.architecture.wrap and is_panorama(size_hw, manifest.aspect)
-        scaled = resize_image(pixels, input_hw, resample=manifest.resample, encoding=manifest.encoding)
-        with torch.inference_mode():
-            batch = to_input(scaled[None]).to(self.device, memory_format=torch.channels_last)
-            logits = self._model(batch, wrap=wrap)[0].float()
-            full = classify(logits, size_hw, wrap=wrap)
-        return Segmentation(
-            class_map=full.class_map, confidence=full.confidence, label_ids=manifest.label_ids, wrapped=wrap
-        )
+        return input_hw
 
 
 def is_panorama(size_hw: tuple[int, int], aspect: float) -> bool:
@@ -103,27 +163,14 @@ def is_panorama(size_hw: tuple[int, int], aspect: float) -> bool:
     return abs(size_hw[1] / size_hw[0] / aspect - 1) <= ASPECT_TOLERANCE
 
 
-def to_input(images: NDArray[np.uint8]) -> torch.Tensor:
-    """(N, h, w, 3) uint8 → (N, 3, h, w) float32 in 0..1, what the network sees."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(torch.float32).div(255)
+def make_forward(bundle: ModelBundle, *, device: str, precision: Precision, backend: Backend) -> Forward:
+    """A bundle's network, ready to run; imports the one library that is needed. See `Predictor`."""
+    if backend == "openvino":
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"The device is {device!r}, but OpenVINO computes on the CPU here. Set auto or cpu.")
+        from sscloud.openvino_forward import OpenVinoForward
 
+        return OpenVinoForward(bundle, precision=precision)
+    from sscloud.forward import TorchForward, find_device
 
-def find_device(name: str) -> torch.device:
-    """Resolve a device name.
-
-    Raises:
-        ConfigError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"The device {name!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Use --device cpu or "
-            "auto."
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"Devices of type {device.type!r} are not supported, only cpu and cuda. Use --device auto.")
-    return device
+    return TorchForward(bundle, device=find_device(device), precision=precision)

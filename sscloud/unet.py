@@ -10,44 +10,17 @@ way up that surplus column is cut again. Without `wrap`, everything is as in mil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sscloud.architecture import Architecture, Upsampling
 from sscloud.errors import BundleError
 
-Upsampling = Literal["transposed", "bilinear", "bilinear-aligned"]
-
-STRIDE = 16
-"""Input pixels a cell of the innermost level covers along each side; also the smallest input."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """All that is needed to build a `UNet`; part of a bundle's manifest."""
-
-    classes: int
-    """Output channels."""
-    base_width: int = 64
-    """Channels of the first level; doubles with each level. 64 in the original."""
-    upsampling: Upsampling = "transposed"
-    """`bilinear-aligned` is milesial's bilinear variant (align_corners=True), which cannot wrap."""
-    wrap: bool = True
-    """Whether panoramas are convolved around their seam."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.classes <= 256:
-            raise BundleError(f"A network has 1 to 256 classes, found {self.classes}.")
-        if not 1 <= self.base_width <= 512:
-            raise BundleError(f"The base width is 1 to 512 channels, found {self.base_width}.")
-        if self.wrap and self.upsampling == "bilinear-aligned":
-            raise BundleError(
-                "milesial's bilinear up-sampling (align_corners=True) moves columns by a distance that depends on "
-                "where they are, so it cannot wrap. Use upsampling 'bilinear', or wrap off."
-            )
+_STRIP_ROWS = 64
+"""Rows of the last level that are computed at once without gradients; even."""
 
 
 class UNet(nn.Module):
@@ -89,9 +62,23 @@ class UNet(nn.Module):
         x = self.up1(x5, x4, wrap=around)
         x = self.up2(x, x3, wrap=around)
         x = self.up3(x, x2, wrap=around)
-        x = self.up4(x, x1, wrap=around)
-        logits: Tensor = self.outc(x)
-        return logits
+        if torch.is_grad_enabled() or self.architecture.upsampling != "transposed":
+            logits: Tensor = self.outc(self.up4(x, x1, wrap=around))
+            return logits
+        return self._last_level(x, x1, wrap=around)
+
+    def _last_level(self, below: Tensor, skip: Tensor, *, wrap: bool) -> Tensor:
+        """The level that takes most of the memory, in strips of rows; to the same logits.
+
+        Two convolutions look two rows further, and a transposed one doubles each row by itself.
+        """
+        height = skip.shape[2]
+        strips = []
+        for top in range(0, height, _STRIP_ROWS):
+            first, last = max(0, top - 2), min(height, top + _STRIP_ROWS + 2)
+            part = self.up4(below[:, :, first // 2 : last // 2], skip[:, :, first:last], wrap=wrap)
+            strips.append(self.outc(part[:, :, top - first : top - first + _STRIP_ROWS]))
+        return torch.cat(strips, dim=2)
 
 
 class _DoubleConv(nn.Module):
@@ -111,7 +98,7 @@ class _DoubleConv(nn.Module):
     def forward(self, x: Tensor, *, wrap: bool) -> Tensor:
         for layer in self.double_conv:
             if wrap and isinstance(layer, nn.Conv2d):
-                x = F.conv2d(_wrapped(x, 1), layer.weight, padding=(1, 0))
+                x = _convolved_around(x, layer)
             else:
                 x = layer(x)
         return x
@@ -151,8 +138,10 @@ class _Up(nn.Module):
             x = x[..., : skip.shape[3]]  # the way down completed its last cell with the first column
         missing_y = skip.shape[2] - x.shape[2]
         missing_x = skip.shape[3] - x.shape[3]
-        x = F.pad(x, [missing_x // 2, missing_x - missing_x // 2, missing_y // 2, missing_y - missing_y // 2])
-        y: Tensor = self.conv(torch.cat([skip, x], dim=1), wrap=wrap)
+        if missing_y or missing_x:  # even padding by nothing makes a copy
+            x = F.pad(x, [missing_x // 2, missing_x - missing_x // 2, missing_y // 2, missing_y - missing_y // 2])
+        x = torch.cat([skip, x], dim=1)
+        y: Tensor = self.conv(x, wrap=wrap)
         return y
 
 
@@ -164,6 +153,17 @@ class _OutConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
         return y
+
+
+def _convolved_around(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A 3x3 convolution of columns that close to a circle."""
+    if torch.is_grad_enabled() or x.shape[3] < 2:
+        return F.conv2d(_wrapped(x, 1), layer.weight, layer.bias, padding=(1, 0))
+    # Without gradients the two columns at the seam are set right afterwards, instead of copying the whole input.
+    y = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    seam = torch.cat([x[..., -2:], x[..., :2]], dim=3)
+    y[..., [-1, 0]] = F.conv2d(seam, layer.weight, layer.bias, padding=(1, 0))
+    return y
 
 
 def _wrapped(x: Tensor, columns: int) -> Tensor:
@@ -204,7 +204,7 @@ def architecture_of(state: Mapping[str, object], *, wrap: bool, source: str) -> 
 
 
 def build(architecture: Architecture, state: Mapping[str, object], *, source: str) -> UNet:
-    """A network with the given weights, in evaluation mode on the CPU; strict, and checked before memory is taken.
+    """A network of the given weights, in evaluation mode on the CPU; strict. It takes the tensors over, without copies.
 
     Raises:
         BundleError: names every missing, surplus or misshapen tensor.
@@ -227,6 +227,28 @@ def build(architecture: Architecture, state: Mapping[str, object], *, source: st
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise BundleError(f"The tensors of {source} do not fit the network: {'; '.join(problems[:8])}{more}.")
-    model = UNet(architecture)
-    model.load_state_dict(state)
-    return model.eval()
+    # Assigned: no second copy, and no random numbers to be thrown away.
+    own = {
+        name: tensor.to(blank.state_dict()[name].dtype) for name, tensor in state.items() if isinstance(tensor, Tensor)
+    }
+    blank.load_state_dict(own, assign=True)
+    return blank.eval()
+
+
+def fold_batch_norm(model: UNet) -> None:
+    """Work the batch normalisation of an evaluated network into its convolutions: the same logits but for rounding.
+
+    The network can be trained no more. Its parameters are copies afterwards, apart from those of any other network.
+    """
+    for module in model.modules():
+        if isinstance(module, _DoubleConv):
+            layers = module.double_conv
+            for index in (0, 3):
+                convolution, norm = layers[index], layers[index + 1]
+                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    layers[index] = fuse_conv_bn_eval(convolution, norm)
+                    layers[index + 1] = nn.Identity()
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            for parameter in module.parameters():
+                parameter.data = parameter.detach().clone()
+    model.requires_grad_(False)  # noqa: FBT003

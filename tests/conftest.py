@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sscloud.bundle import Manifest, ModelBundle, save_bundle
+from sscloud.architecture import Architecture
+from sscloud.bundle import Manifest, ModelBundle
+from sscloud.checkpoint import save_bundle
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 
 if TYPE_CHECKING:
     from cvat_standin import CvatStandin, Site  # imported where used: cvat-sdk takes its time

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from sscloud import __version__
 from sscloud.bundle import ModelBundle
+from sscloud.checkpoint import load_model
 from sscloud.errors import ConfigError, SSCloudError
 from sscloud.image import read_image, read_label_map
 from sscloud.inference import Predictor, Segmentation
@@ -347,7 +348,7 @@ def _facts(bundle: ModelBundle) -> dict[str, str]:
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "network": f"{sum(p.numel() for p in bundle.model().parameters()) / 1e6:.2f} million parameters",
+        "network": f"{sum(p.numel() for p in load_model(bundle).parameters()) / 1e6:.2f} million parameters",
         "bundle": bundle.manifest.title,
         "sha256 of its weights": bundle.manifest.weights_sha256,
         "data snapshot": bundle.manifest.snapshot or "",

@@ -37,9 +37,9 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
+from sscloud.architecture import STRIDE
 from sscloud.bundle import Manifest, ModelBundle
 from sscloud.errors import ConfigError, DeployError
-from sscloud.unet import STRIDE
 
 PROJECT = "cvat"
 """The Nuclio project whose functions CVAT lists."""

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import the checkpoint for this call, and predict."""
-    from sscloud.bundle import import_checkpoint
+    from sscloud.checkpoint import import_checkpoint
     from sscloud.errors import ConfigError
     from sscloud.inference import Predictor
     from sscloud.labels import LabelSchema
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.model} has {bundle.manifest.architecture.classes} channels, --classes says {args.classes}. "
                 "Leave --classes out: the file knows."
             )
-        predictor = Predictor(bundle, device=args.device)
+        predictor = Predictor(bundle, device=args.device, precision="fp32")
         if args.no_save:
             for image in images:
                 predictor.predict_file(image)

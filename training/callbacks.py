@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
-from sscloud.bundle import save_checkpoint
+from sscloud.checkpoint import save_checkpoint
 from sscloud.files import atomic_write
 from training.module import SegmentationModule
 

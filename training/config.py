@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sscloud import __version__
+from sscloud.architecture import Architecture
 from sscloud.bundle import Azimuth
 from sscloud.errors import ConfigError, SSCloudError
 from sscloud.files import atomic_write
 from sscloud.image import Encoding, Resample
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture
 
 CONFIG = "config.json"
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from sscloud.architecture import STRIDE
 from sscloud.bundle import Azimuth
 from sscloud.errors import ConfigError, DatasetError, ImageError, SSCloudError
 from sscloud.files import atomic_write
@@ -45,7 +46,6 @@ from sscloud.image import (
 )
 from sscloud.image import scaled_size as scaled_size_of
 from sscloud.labels import LabelSchema, count_ids
-from sscloud.unet import STRIDE
 from training.manifest import IMAGES, LABELS, MANIFEST, MASKS, Manifest, read_manifest, settle_if_free
 from training.splits import Split
 

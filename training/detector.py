@@ -13,14 +13,15 @@ from typing import Any
 import cvat_sdk.auto_annotation as cvataa
 import numpy as np
 from cvat_sdk import models
-from cvat_sdk.masks import encode_mask
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sscloud.bundle import ModelBundle
 from sscloud.image import decode_image
 from sscloud.inference import Predictor
-from sscloud.shapes import ATTRIBUTES, MAX_REGIONS, Region, find_regions, outline, smallest_region
+from sscloud.outlines import outline
+from sscloud.regions import MAX_REGIONS, Region, find_regions, smallest_region
+from sscloud.shapes import ATTRIBUTES
 
 
 class Detector:
@@ -81,24 +82,22 @@ class Detector:
         Raises:
             ImageError: the image is too large, or too small for the model.
         """
-        shapes = []
-        for region in self.regions(to_pixels(image), threshold=context.conf_threshold or 0.0):
-            kind = "polygon" if context.conv_mask_to_poly else "mask"
-            shapes.append(
-                # Unchecked: the check looks at every single number of a mask, for seconds.
-                models.LabeledShapeRequest(
-                    type=models.ShapeType(kind),
-                    label_id=region.label_id,
-                    frame=0,
-                    points=region_points(region, kind=kind),
-                    attributes=[
-                        models.AttributeValRequest(spec_id=ATTRIBUTES.index(name), value=value)
-                        for name, value in self.attributes(region).items()
-                    ],
-                    _check_type=False,
-                )
+        kind = "polygon" if context.conv_mask_to_poly else "mask"
+        return [
+            # Unchecked: the check looks at every single number of a mask, for seconds.
+            models.LabeledShapeRequest(
+                type=models.ShapeType(kind),
+                label_id=region.label_id,
+                frame=0,
+                points=region_points(region, kind=kind),
+                attributes=[
+                    models.AttributeValRequest(spec_id=ATTRIBUTES.index(name), value=value)
+                    for name, value in self.attributes(region).items()
+                ],
+                _check_type=False,
             )
-        return shapes
+            for region in self.regions(to_pixels(image), threshold=context.conf_threshold or 0.0)
+        ]
 
     def regions(self, image: NDArray[np.uint8], *, threshold: float) -> list[Region]:
         """Regions of a (H, W, 3) uint8 RGB image, the largest first, as the served function sends them.
@@ -142,13 +141,21 @@ def region_points(region: Region, *, kind: str) -> list[float]:
         region: what was found.
         kind: `mask` for run lengths and inclusive box, `polygon` for an outline on pixel edges.
     """
+    return [float(value) for value in outline(region)] if kind == "polygon" else _mask_points(region)
+
+
+def _mask_points(region: Region) -> list[float]:
+    """Run lengths of its box, row by row, zeros first; then the inclusive box (as `cvat_sdk.masks.encode_mask`)."""
     left, top, right, bottom = region.box_xyxy
-    if kind == "polygon":
-        return [float(value) for value in outline(region.mask, offset_xy=(left, top))]
-    # Of the crop: a panorama has hundreds of regions, and each would be a map of the whole image.
-    height, width = region.mask.shape
-    runs = encode_mask(region.mask, [0, 0, width, height])[:-4]
-    return [*(float(run) for run in runs), float(left), float(top), float(right - 1), float(bottom - 1)]
+    height, width = region.crop_hw
+    begin, end = region.crop_runs()
+    ends_here = np.append(begin[1:] != end[:-1], True)
+    begins_here = np.append(True, ends_here[:-1])
+    edges = np.empty(2 * np.count_nonzero(ends_here), np.int64)
+    edges[0::2], edges[1::2] = begin[begins_here], end[ends_here]
+    runs = np.diff(edges, prepend=0, append=height * width)
+    runs = runs if runs[-1] else runs[:-1]
+    return [*runs.astype(float).tolist(), float(left), float(top), float(right - 1), float(bottom - 1)]
 
 
 def to_pixels(image: Image.Image) -> NDArray[np.uint8]:

@@ -48,7 +48,7 @@ def evaluate(bundle: ModelBundle, dataset: DatasetFolder, *, device: str = "auto
         ImageError: unreadable files.
         DatasetError: masks that are void all over.
     """
-    predictor = Predictor(bundle, device=device)
+    predictor = Predictor(bundle, device=device, precision="fp32")
     predictor.warm_up()
     known = bundle.manifest.labels
     void = dataset.schema.void_ids

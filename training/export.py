@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from sscloud.bundle import Manifest, ModelBundle, save_bundle
+from sscloud.bundle import Manifest, ModelBundle
+from sscloud.checkpoint import save_bundle
 from sscloud.errors import BundleError
 from sscloud.unet import build
 from training.config import read_run

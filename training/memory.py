@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from sscloud.architecture import STRIDE, Architecture
 from sscloud.image import scaled_size
-from sscloud.unet import STRIDE, Architecture, UNet
+from sscloud.unet import UNet
 
 _PARAMETER_COPIES = 4
 """Weights, gradients and the two moments of AdamW."""

@@ -7,12 +7,15 @@ a run that is killed at any moment and started again ends in the same shapes, ea
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from sscloud.ahead import Ahead
 from sscloud.errors import ImageError, SchemaError, ServerError, SSCloudError, UnreachableError
 from sscloud.image import decode_image
 from training.annotations import AUTO, is_auto
@@ -282,6 +285,7 @@ class _Desk:
         self._annotations: Annotations | None = None
         self._last_number: int | None = None
         """Of the shapes that were created last."""
+        self._images: Ahead[Frame, NDArray[np.uint8]] = Ahead(self._load)
 
     def draw_all(self, *, replace_auto: bool, on_frame: Callable[[], object]) -> None:
         """Go through the frames; what is wrong with one of them is reported, and the next one follows.
@@ -296,33 +300,39 @@ class _Desk:
                 "seen. Run `sscloud prelabel --via server` over this job once more."
             )
         frames = self._server.frames(self._work.task.id)
-        for number in self._work.frames:
-            if number >= len(frames):
-                raise UnfitError(f"job {self._job} has a frame {number}, its task only {len(frames)}.")
-            try:
-                self._draw(frames[number], replace_auto=replace_auto)
-            except (ImageError, ServerError, UnfitError) as error:
-                if is_gone(error):
-                    raise
-                self._report.failed.append(
-                    f"task {self._work.task.id}, frame {number} ({frames[number].name}): {error}"
-                )
-            on_frame()
+        try:
+            for place, number in enumerate(self._work.frames):
+                if number >= len(frames):
+                    raise UnfitError(f"job {self._job} has a frame {number}, its task only {len(frames)}.")
+                later = (frames[other] for other in self._work.frames[place + 1 :] if other < len(frames))
+                try:
+                    self._draw(frames[number], later, replace_auto=replace_auto)
+                except (ImageError, ServerError, UnfitError) as error:
+                    if is_gone(error):
+                        raise
+                    self._report.failed.append(
+                        f"task {self._work.task.id}, frame {number} ({frames[number].name}): {error}"
+                    )
+                on_frame()
+        finally:
+            with self._server.stopping():
+                self._images.close()
 
-    def _draw(self, frame: Frame, *, replace_auto: bool) -> None:
+    def _draw(self, frame: Frame, later: Iterable[Frame], *, replace_auto: bool) -> None:
         report, title = self._report, self._detector.manifest.title
         settings = self._detector.settings(threshold=self._threshold)
         self._settle(frame.number)
         verdict = self._verdict(frame.number)
         drawn = self._record.of(frame.number).drawn
-        if verdict == "ours" and (drawn.model, drawn.settings) == (title, settings):
+        if verdict == "ours" and self._is_current(drawn):
             report.already += 1
             return
         if verdict == "ours" and not replace_auto:
             report.other_model += 1
             return
         if verdict != "people":
-            shapes = self._detect(frame)
+            likely = (other for other in later if self._is_likely(other.number, replace_auto=replace_auto))
+            shapes = self._detect(frame, following=next(likely, None))
             verdict = self._verdict(frame.number)  # somebody may have begun meanwhile
         if verdict == "people":
             report.people += 1
@@ -338,9 +348,25 @@ class _Desk:
         report.drawn += 1
         report.shapes += len(shapes)
 
-    def _detect(self, frame: Frame) -> list[dict[str, Any]]:
-        """The shapes to send for a frame."""
-        image = decode_image(self._server.image(self._work.task.id, frame.number))
+    def _is_current(self, drawn: Drawn) -> bool:
+        settings = self._detector.settings(threshold=self._threshold)
+        return (drawn.model, drawn.settings) == (self._detector.manifest.title, settings)
+
+    def _is_likely(self, number: int, *, replace_auto: bool) -> bool:
+        """Whether a frame will be drawn, by what is known without asking the server once more."""
+        record = self._record.of(number)
+        if self._annotations is None or record.next is not None or is_occupied(self._annotations, number):
+            return False
+        present = (identity(shape) for shape in self._annotations.shapes if shape["frame"] == number)
+        verdict = judge(record.drawn, present)
+        return verdict == "empty" or (verdict == "ours" and replace_auto and not self._is_current(record.drawn))
+
+    def _load(self, frame: Frame) -> NDArray[np.uint8]:
+        return decode_image(self._server.image(self._work.task.id, frame.number))
+
+    def _detect(self, frame: Frame, *, following: Frame | None) -> list[dict[str, Any]]:
+        """The shapes to send for a frame; meanwhile the image of the following one comes."""
+        image = self._images.take(frame, following=following)
         if image.shape[:2] != frame.size_hw:
             raise ImageError(
                 f"the file has {image.shape[1]}x{image.shape[0]} pixels, CVAT says {frame.size_hw[1]}x"

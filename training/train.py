@@ -27,13 +27,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from mlflow.exceptions import MlflowException
 from torch.utils.data import DataLoader
 
-from sscloud.bundle import Checkpoint, ModelBundle, channel_ids, read_checkpoint
+from sscloud.architecture import Architecture, Upsampling
+from sscloud.bundle import ModelBundle
+from sscloud.checkpoint import Checkpoint, channel_ids, load_model, read_checkpoint
 from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
 from sscloud.files import atomic_write
+from sscloud.forward import find_device
 from sscloud.image import scaled_size
-from sscloud.inference import find_device, is_panorama
+from sscloud.inference import is_panorama
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet, Upsampling
+from sscloud.unet import UNet
 from training import memory
 from training.augment import RollFlip, YawMirror
 from training.callbacks import AtomicCheckpoints, EpochLines, History, MilesialCheckpoints, ProgressBar
@@ -249,7 +252,7 @@ def _loaded(path: Path, schema: LabelSchema, *, scale: float) -> tuple[UNet, tup
                 "%s was trained at scale %g, this run is at %g. To build on what it saw, add --scale %g.",
                 path, bundle.manifest.scale, scale, bundle.manifest.scale,
             )  # fmt: skip
-        return bundle.model(), bundle.manifest.label_ids
+        return load_model(bundle), bundle.manifest.label_ids
     checkpoint = read_checkpoint(path)
     return checkpoint.model, channel_ids(checkpoint, schema, source=str(path))
 

@@ -13,22 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from sscloud import bundle as module
-from sscloud.bundle import (
-    MANIFEST,
-    WEIGHTS,
-    Azimuth,
-    Manifest,
-    ModelBundle,
-    channel_ids,
-    channels_to_label_map,
-    read_checkpoint,
-    save_bundle,
-    save_checkpoint,
-)
+from sscloud import checkpoint as module
+from sscloud.architecture import Architecture
+from sscloud.bundle import MANIFEST, WEIGHTS, Azimuth, Manifest, ModelBundle, channels_to_label_map
+from sscloud.checkpoint import channel_ids, load_model, read_checkpoint, save_bundle, save_checkpoint
 from sscloud.errors import BundleError, ConfigError
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 
 MakeUNet = Callable[..., UNet]
 MakeManifest = Callable[..., Manifest]
@@ -72,7 +63,7 @@ class TestRoundTrip:
         assert found.manifest == dataclasses.replace(manifest, weights_sha256=found.manifest.weights_sha256)
         assert len(found.manifest.weights_sha256) == 64
         assert found.manifest.title == "Улица v3"
-        loaded = found.model()
+        loaded = load_model(found)
         assert not loaded.training
         assert loaded.architecture == architecture
         state = model.state_dict()
@@ -94,7 +85,7 @@ class TestRoundTrip:
     ) -> None:
         model = make_unet(SMALL)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        found = save_bundle(tmp_path / "bundle", model, make_manifest(SMALL)).model()
+        found = load_model(save_bundle(tmp_path / "bundle", model, make_manifest(SMALL)))
         assert torch.equal(found.outc.conv.weight, model.outc.conv.weight)
 
 
@@ -132,7 +123,7 @@ class TestSaving:
             save_bundle(path, make_unet(SMALL, seed=1), manifest, overwrite=overwrite)
         assert [file.name for file in tmp_path.iterdir()] == (["bundle"] if overwrite else [])
         if overwrite:
-            assert torch.equal(ModelBundle.load(path).model().outc.conv.weight, model.outc.conv.weight)
+            assert torch.equal(load_model(ModelBundle.load(path)).outc.conv.weight, model.outc.conv.weight)
 
     def test_the_manifest_must_fit_the_model(
         self, tmp_path: Path, make_unet: MakeUNet, make_manifest: MakeManifest
@@ -186,7 +177,7 @@ class TestDamage:
     def test_weights_of_another_architecture(self, saved: ModelBundle) -> None:
         path = edit(saved, lambda data: data["architecture"].update(base_width=4))
         with pytest.raises(BundleError, match=r"double_conv\.0\.weight: shape \(2, 3, 3, 3\), expected \(4, 3, 3, 3\)"):
-            ModelBundle.load(path).model()
+            load_model(ModelBundle.load(path))
 
     def test_weights_that_are_no_safetensors(self, saved: ModelBundle) -> None:
         import hashlib
@@ -195,7 +186,7 @@ class TestDamage:
         digest = hashlib.sha256((saved.path / WEIGHTS).read_bytes()).hexdigest()
         path = edit(saved, lambda data: data.update(weights_sha256=digest))
         with pytest.raises(BundleError, match="is not a safetensors file"):
-            ModelBundle.load(path).model()
+            load_model(ModelBundle.load(path))
 
 
 class TestManifest:

@@ -15,13 +15,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sscloud.bundle import Manifest, ModelBundle, channel_ids, read_checkpoint, save_bundle, save_checkpoint
+from sscloud.architecture import Architecture
+from sscloud.bundle import Manifest, ModelBundle
+from sscloud.checkpoint import channel_ids, load_model, read_checkpoint, save_bundle, save_checkpoint
 from sscloud.errors import ConfigError, ImageError
+from sscloud.forward import find_device
 from sscloud.image import resize_image
-from sscloud.inference import Predictor, find_device, is_panorama, to_input
+from sscloud.inference import Predictor, is_panorama
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
-from sscloud.upsample import classify
+from sscloud.unet import UNet
+from sscloud.upsample import class_map
 
 MakePanorama = Callable[..., NDArray[np.uint8]]
 MakeUNet = Callable[..., UNet]
@@ -42,11 +45,11 @@ def png(image: NDArray[np.uint8]) -> bytes:
 class TestResult:
     def test_shapes_dtypes_and_ranges(self, predictor: Predictor, make_panorama: MakePanorama) -> None:
         found = predictor.predict(make_panorama((65, 131)))
-        assert found.class_map.shape == found.confidence.shape == found.label_map.shape == (65, 131)
+        assert found.class_map.shape == found.confidence.full().shape == found.label_map.shape == (65, 131)
         assert found.class_map.dtype == found.label_map.dtype == np.uint8
-        assert found.confidence.dtype == np.float32
-        assert found.confidence.min() > 1 / 6 - 1e-6
-        assert found.confidence.max() <= 1
+        assert found.confidence.values.dtype == np.float32
+        assert found.confidence.values.min() > 1 / 6 - 1e-6
+        assert found.confidence.values.max() <= 1
         assert found.label_ids == (0, 2, 5, 6, 65, 66)
         assert len(np.unique(found.label_map)) >= 4
         assert np.array_equal(found.label_map, np.array(found.label_ids, np.uint8)[found.class_map])
@@ -55,11 +58,11 @@ class TestResult:
         image = make_panorama()
         small = resize_image(image, (32, 64), resample="valid-area", encoding="normals")
         with torch.inference_mode():
-            logits = predictor.bundle.model()(torch.from_numpy(small).permute(2, 0, 1)[None] / 255, wrap=True)[0]
-        expected = classify(logits, (64, 128), wrap=True)
+            logits = load_model(predictor.bundle)(torch.from_numpy(small).permute(2, 0, 1)[None] / 255, wrap=True)[0]
         found = predictor.predict(image)
-        np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-4)
-        assert (found.class_map != expected.class_map).mean() < 1e-3
+        expected = class_map(logits.numpy(), (64, 128), wrap=True)
+        assert (found.class_map != expected).mean() < 1e-3
+        np.testing.assert_allclose(found.confidence.values, logits.softmax(0).amax(0), atol=1e-4)
 
     def test_bytes_equal_the_array_and_the_file(
         self, predictor: Predictor, make_panorama: MakePanorama, tmp_path: Path
@@ -69,7 +72,7 @@ class TestResult:
         expected = predictor.predict(image)
         for found in (predictor.predict(png(image)), predictor.predict_file(tmp_path / "1.png")):
             assert np.array_equal(found.class_map, expected.class_map)
-            assert np.array_equal(found.confidence, expected.confidence)
+            assert np.array_equal(found.confidence.values, expected.confidence.values)
 
     def test_is_deterministic_and_leaves_the_input_alone(
         self, predictor: Predictor, make_panorama: MakePanorama
@@ -78,14 +81,14 @@ class TestResult:
         before = image.copy()
         first, second = predictor.predict(image), predictor.predict(image)
         assert np.array_equal(first.class_map, second.class_map)
-        assert np.array_equal(first.confidence, second.confidence)
+        assert np.array_equal(first.confidence.values, second.confidence.values)
         assert np.array_equal(image, before)
 
     def test_warm_up_changes_nothing(self, tiny_bundle: ModelBundle, make_panorama: MakePanorama) -> None:
         cold, warm = Predictor(tiny_bundle, device="cpu"), Predictor(tiny_bundle, device="cpu")
         warm.warm_up()
         image = make_panorama()
-        assert np.array_equal(cold.predict(image).confidence, warm.predict(image).confidence)
+        assert np.array_equal(cold.predict(image).confidence.values, warm.predict(image).confidence.values)
 
     @pytest.mark.parametrize(("scale", "aspect"), [(1, 2), (0.1, 2.4), (0.01, 0.5), (0.33, 9)])
     def test_warm_up_at_any_scale(
@@ -94,12 +97,6 @@ class TestResult:
         model = make_unet(Architecture(classes=6, base_width=1))
         manifest = make_manifest(model.architecture, scale=scale, aspect=aspect)
         Predictor(save_bundle(tmp_path / "b", model, manifest), device="cpu").warm_up()
-
-    def test_to_input(self) -> None:
-        batch = to_input(np.array([[[[0, 51, 255]]]], np.uint8))
-        assert batch.shape == (1, 3, 1, 1)
-        assert batch.dtype == torch.float32
-        torch.testing.assert_close(batch.flatten(), torch.tensor([0, 0.2, 1]))
 
 
 class TestPanoramaOrCrop:
@@ -124,7 +121,7 @@ class TestPanoramaOrCrop:
         plain, rolled = predictor.predict(image), predictor.predict(np.roll(image, 32, 1))
         assert plain.wrapped
         assert np.array_equal(rolled.class_map, np.roll(plain.class_map, 32, 1))
-        assert np.array_equal(rolled.confidence, np.roll(plain.confidence, 32, 1))
+        np.testing.assert_allclose(rolled.confidence.full(), np.roll(plain.confidence.full(), 32, 1), atol=1e-5)
 
     def test_a_crop_does_not(self, predictor: Predictor, make_panorama: MakePanorama) -> None:
         crop = make_panorama((64, 96))
@@ -200,9 +197,10 @@ class TestMilesialParity:
         expected = milesial.predict(content, image, scale=scale)
         found = Predictor(bundle, device="cpu").predict(image)
         assert len(np.unique(expected.label_map)) >= 3
-        clear = expected.margin > 1e-3  # logits of some ten: where they tie, rounding decides
-        assert clear.mean() > 0.998
-        assert np.array_equal(found.label_map[clear], expected.label_map[clear])
+        # Scaling rounds the other way in one grey value of a thousand: that decides where two logits nearly tie.
+        different = found.label_map != expected.label_map
+        assert different.mean() < 3e-3
+        assert expected.margin[different].max(initial=0) < 0.4  # of logits of some ten
 
 
 FULL_SIZE = """

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sscloud.architecture import Architecture, Upsampling
 from sscloud.errors import BundleError
-from sscloud.unet import Architecture, UNet, Upsampling, architecture_of, build
+from sscloud.unet import UNet, architecture_of, build
 
 MakeUNet = Callable[..., UNet]
 

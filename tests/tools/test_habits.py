@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sscloud.bundle import save_checkpoint
+from sscloud.architecture import Architecture
+from sscloud.checkpoint import save_checkpoint
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from training.sample.archives import ArchiveItem, write_labelme
 from training.sample.generate import encode_image, render
 

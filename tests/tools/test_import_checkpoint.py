@@ -10,9 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from sscloud.architecture import Architecture
 from sscloud.bundle import ModelBundle
 from sscloud.inference import Predictor
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from tools.cli import main
 
 
@@ -60,9 +61,10 @@ def test_masks_are_those_of_milesials_predict(
     _, output = run(checkpoint, "--scale", str(scale))
     expected = milesial.predict(content, image, scale=scale)
     found = Predictor(ModelBundle.load(output), device="cpu").predict(image)
-    clear = expected.margin > 1e-3
-    assert clear.mean() > 0.998
-    assert np.array_equal(found.label_map[clear], expected.label_map[clear])
+    # Scaling rounds the other way in one grey value of a thousand: that decides where two logits nearly tie.
+    different = found.label_map != expected.label_map
+    assert different.mean() < 3e-3
+    assert expected.margin[different].max(initial=0) < 0.4  # of logits of some ten
 
 
 def test_options(checkpoint: Path, tmp_path: Path) -> None:

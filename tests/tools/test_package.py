@@ -2,21 +2,38 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
+from PIL import Image
 
-from sscloud.bundle import WEIGHTS, Manifest, ModelBundle, save_bundle
-from sscloud.errors import BundleError, ConfigError
+from sscloud.architecture import Architecture
+from sscloud.bundle import WEIGHTS, Manifest, ModelBundle
+from sscloud.checkpoint import load_model, save_bundle
+from sscloud.errors import BundleError, ConfigError, ImageError
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.openvino_forward import RANGES, OpenVinoForward
+from sscloud.unet import UNet
 from tools.commands import package as verb
-from tools.function_folder import check_name, describe, fill_template, find_name, package, replace_scalars
+from tools.function_folder import (
+    OPENVINO_TEMPLATE,
+    check_name,
+    describe,
+    fill_template,
+    find_name,
+    package,
+    replace_scalars,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +60,32 @@ def files(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
+def template(name: str) -> str:
+    return (Path(verb.__file__).parents[2] / "serverless" / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def noisy_bundle(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """One whose classes are close to each other everywhere, so that int8 changes some pixels in a hundred."""
+    torch.manual_seed(0)
+    architecture = Architecture(classes=6, base_width=8)
+    model = UNet(architecture).eval()
+    with torch.inference_mode():
+        model.outc.conv.weight.normal_()
+        model.outc.conv.bias -= model(torch.rand(1, 3, 32, 64)).mean((0, 2, 3))
+    manifest = dataclasses.replace(bundle.manifest, architecture=architecture)
+    return save_bundle(tmp_path_factory.mktemp("bundles") / "noisy", model, manifest)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, make_panorama: Callable[..., NDArray[np.uint8]]) -> Path:
+    """A folder with two panoramas and a crop."""
+    folder = tmp_path_factory.mktemp("images")
+    for number, size_hw in enumerate([(128, 256), (128, 256), (100, 120)]):
+        Image.fromarray(make_panorama(size_hw, seed=number)).save(folder / f"{number}.png")
+    return folder
+
+
 class TestPackage:
     def test_the_folder_is_self_contained(self, bundle: ModelBundle, tmp_path: Path) -> None:
         assert package(bundle.path, tmp_path / "function") == "sscloud-street-2026"
@@ -52,7 +95,9 @@ class TestPackage:
             "function.yaml",
             "function-gpu.yaml",
             "main.py",
+            "metrics.py",
             "model_handler.py",
+            "settings.py",
             "bundle/manifest.json",
             "bundle/weights.safetensors",
         }
@@ -64,7 +109,7 @@ class TestPackage:
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); import main, model_handler, sscloud;"
             "ours = [m for m in sys.modules.values() if (m.__name__ or '').split('.')[0] in "
-            "('main', 'model_handler', 'sscloud', 'serverless', 'tools', 'training')];"
+            "('main', 'metrics', 'model_handler', 'settings', 'sscloud', 'serverless', 'tools', 'training')];"
             "print(len(ours), all(m.__file__.startswith(sys.argv[1]) for m in ours),"
             "[m for m in ('lightning', 'fastapi', 'torchmetrics', 'cvat_sdk', 'pycocotools') if m in sys.modules])"
         )
@@ -102,7 +147,7 @@ class TestPackage:
 
     def test_a_damaged_bundle_leaves_nothing(self, bundle: ModelBundle, tmp_path: Path) -> None:
         broken = tmp_path / "bundle"
-        save_bundle(broken, bundle.model(), bundle.manifest)
+        save_bundle(broken, load_model(bundle), bundle.manifest)
         (broken / WEIGHTS).write_bytes(b"?")
         with pytest.raises(BundleError, match="is damaged"):
             package(broken, tmp_path / "function")
@@ -123,6 +168,94 @@ class TestPackage:
         printed = capsys.readouterr().out
         assert f"nuctl deploy --project-name cvat --path {folder} --file {folder / 'function-gpu.yaml'}" in printed
         assert f"sscloud serve {folder}" in printed
+
+
+class TestOpenVino:
+    def test_function_yaml_differs_in_what_computes_only(self) -> None:
+        cpu, openvino = (yaml.safe_load(template(name)) for name in ("function.yaml", OPENVINO_TEMPLATE))
+        assert openvino["metadata"]["annotations"].pop("framework") == "openvino"
+        assert openvino["spec"].pop("env") == [{"name": "SSCLOUD_BACKEND", "value": "openvino"}]
+        del cpu["metadata"]["annotations"]["framework"], cpu["spec"]["env"]
+        steps, others = (config["spec"]["build"]["directives"].pop("preCopy") for config in (openvino, cpu))
+        assert openvino == cpu
+        torch_steps = [step for step in others if "torch==" in step["value"]]
+        assert [step for step in others if step not in steps] == torch_steps
+        (step,) = (step for step in steps if step not in others)
+        assert re.match(r"pip install openvino==\d+\.\d+\.\d+ && cd .* && rm ", step["value"])
+
+    def test_comments_stay_the_same(self) -> None:
+        cpu, openvino = (template(name).splitlines() for name in ("function.yaml", OPENVINO_TEMPLATE))
+        changed = [line for line in difflib.ndiff(cpu, openvino) if line.startswith(("- ", "+ "))]
+        assert len(changed) < 20, changed
+
+    def test_the_folder_says_so(self, bundle: ModelBundle, tmp_path: Path) -> None:
+        told: list[str] = []
+        package(bundle.path, tmp_path / "function", backend="openvino", tell=told.append)
+        package(bundle.path, tmp_path / "torch")
+        assert files(tmp_path / "function") == files(tmp_path / "torch")
+        config = yaml.safe_load((tmp_path / "function/function.yaml").read_text(encoding="utf-8"))
+        assert config["spec"]["env"] == [{"name": "SSCLOUD_BACKEND", "value": "openvino"}]
+        assert config["metadata"]["annotations"]["name"] == "Street 2026 v12"
+        gpu = "function-gpu.yaml"
+        assert (tmp_path / "function" / gpu).read_bytes() == (tmp_path / "torch" / gpu).read_bytes()
+        assert len(told) == 1
+        assert re.fullmatch(r"OpenVINO's logits differ from PyTorch's by \de-0[5-8] of the largest one, .*", told[0])
+
+    def test_a_network_that_computes_something_else_is_not_packaged(
+        self, bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sscloud.openvino_forward._EPSILON", 0.5)
+        with pytest.raises(BundleError, match=r"Street 2026 v12: OpenVINO's logits differ from PyTorch's by \d"):
+            package(bundle.path, tmp_path / "function", backend="openvino")
+        assert not list(tmp_path.iterdir())
+
+    def test_int8_takes_images(
+        self, noisy_bundle: ModelBundle, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tools.openvino_check.LEAST_EQUAL", 0.85)
+        told: list[str] = []
+        package(
+            noisy_bundle.path,
+            tmp_path / "function",
+            backend="openvino",
+            calibrate=sorted(images.iterdir()),
+            tell=told.append,
+        )
+        assert re.match(r"In int8, [89]\d\.\d+% of these images' pixels keep their label", told[1])
+        packaged = ModelBundle.load(tmp_path / "function" / "bundle")
+        assert OpenVinoForward(packaged).describe() == "openvino cpu int8"
+        assert not (noisy_bundle.path / RANGES).exists()
+
+    def test_int8_that_changes_labels_is_refused(self, noisy_bundle: ModelBundle, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(BundleError, match=r"in int8 only \d+\.\d+% of the pixels keep their label"):
+            package(noisy_bundle.path, tmp_path / "function", backend="openvino", calibrate=sorted(images.iterdir()))
+        assert not (tmp_path / "function").exists()
+
+    def test_images_without_openvino(self, bundle: ModelBundle, images: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="Add --backend openvino"):
+            package(bundle.path, tmp_path / "function", calibrate=sorted(images.iterdir()))
+
+    def test_an_image_that_is_too_small(self, noisy_bundle: ModelBundle, tmp_path: Path) -> None:
+        Image.new("RGB", (40, 40)).save(tmp_path / "small.png")
+        with pytest.raises(ImageError, match=r"small\.png is 40x40 pixels, too small"):
+            package(noisy_bundle.path, tmp_path / "function", backend="openvino", calibrate=[tmp_path / "small.png"])
+
+    def test_the_verb(
+        self,
+        noisy_bundle: ModelBundle,
+        images: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("tools.openvino_check.LEAST_EQUAL", 0.85)
+        parser = argparse.ArgumentParser()
+        verb.add_arguments(parser)
+        arguments = [str(noisy_bundle.path), "-o", str(tmp_path / "function"), "--backend", "openvino"]
+        assert verb.run(parser.parse_args([*arguments, "--calibrate", str(images)])) == 0
+        printed = capsys.readouterr().out
+        assert "OpenVINO's logits differ" in printed
+        assert "In int8" in printed
 
 
 class TestNames:

@@ -1,7 +1,9 @@
 """`sscloud predict`: images and folders → label-id PNGs."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sscloud.bundle import ModelBundle
-from sscloud.image import read_label_map
-from sscloud.inference import Predictor
+from sscloud.image import read_image, read_label_map
+from sscloud.inference import Predictor, Segmentation
 from tools.cli import main
+from tools.commands.predict import predict_files
+from tools.inputs import list_images
 
 
 @pytest.fixture
@@ -55,6 +59,40 @@ def test_nothing_is_overwritten_unasked(
     assert (output / "2_normals.png").read_bytes() == b"corrected by hand"
     assert main([*arguments, "--overwrite"]) == 0
     assert read_label_map(output / "2_normals.png").shape == (64, 128)
+
+
+def test_a_broken_image_names_itself_after_the_ones_before_it(
+    scans: Path, tiny_bundle: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it is read while the model works on another one."""
+    (scans / "1b_normals.png").write_bytes(b"hello")
+    output = tmp_path / "out"
+    assert main(["predict", str(tiny_bundle.path), str(scans), "-o", str(output)]) == 2
+    assert "1b_normals.png: These 5 bytes are not a picture" in capsys.readouterr().err
+    names = [path.name for path in list_images([scans])]
+    assert [path.name for path in output.iterdir()] == names[: names.index("1b_normals.png")] != []
+
+
+def test_the_next_image_is_read_while_the_model_works(
+    scans: Path, tiny_bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = [threading.Event(), threading.Event()]
+    images, waits = list_images([scans]), iter([begun[1]])
+
+    def read(path: Path) -> NDArray[np.uint8]:
+        begun[images.index(path)].set()
+        return read_image(path)
+
+    class Patient(Predictor):
+        def predict(self, *args: Any, **options: Any) -> Segmentation:
+            if (event := next(waits, None)) is not None:
+                assert event.wait(10)
+            return super().predict(*args, **options)
+
+    monkeypatch.setattr("sscloud.image.read_image", read)
+    predictor = Patient(tiny_bundle, device="cpu")
+    predict_files(predictor, images, [tmp_path / f"{image.stem}.png" for image in images], overwrite=False)
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize(

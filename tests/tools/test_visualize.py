@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sscloud.bundle import Manifest, save_bundle
+from sscloud.architecture import Architecture
+from sscloud.bundle import Manifest
+from sscloud.checkpoint import save_bundle
 from sscloud.errors import BundleError, ConfigError, ImageError, SchemaError
 from sscloud.image import read_image, write_label_map
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from tools.commands import visualize
 
 

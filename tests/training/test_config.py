@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from sscloud.architecture import Architecture
 from sscloud.bundle import Azimuth
 from sscloud.errors import ConfigError
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture
 from training.config import Place, RunFacts, TrainConfig, read_run, resumed_config, write_config
 
 FACTS = RunFacts(

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serverless.model_handler import ModelHandler
+from serverless.settings import Settings
 from sscloud.bundle import ModelBundle
 from sscloud.errors import BundleError, ConfigError, ImageError
 from sscloud.image import decode_image
-from sscloud.shapes import Region
+from sscloud.regions import find_regions
+from sscloud.stages import Stages
 from training.detector import Detector, create, region_points, to_pixels
 from training.rasterise import PolygonShape, rasterise
 
@@ -61,8 +63,8 @@ def test_regions_are_those_of_the_served_function(
 ) -> None:
     stream = io.BytesIO()
     Image.fromarray(panorama).save(stream, "PNG")
-    handler = ModelHandler(tiny_bundle.path, device="cpu", min_area=4, max_regions=50)
-    served = json.loads(handler.annotate(stream.getvalue(), threshold=threshold or 0).body)
+    handler = ModelHandler(tiny_bundle.path, Settings(device="cpu", min_area=4, max_regions=50))
+    served = json.loads(handler.annotate(stream.getvalue(), threshold=threshold or 0, stages=Stages()).body)
     shapes = detector.detect(Context(conf_threshold=threshold), Image.open(stream))
     names = {label.id: label.name for label in detector.labels}
     assert len(shapes) == len(served) > 0
@@ -94,13 +96,24 @@ def test_polygons_on_demand(detector: Detector, panorama: NDArray[np.uint8]) -> 
         assert np.array_equal(filled, decode_mask(mask.points, image_width=128, image_height=64))
 
 
-def test_a_mask_is_encoded_in_its_box() -> None:
-    rows = np.array([[0, 1, 1], [1, 0, 1]], np.bool_)
-    region = Region(label_id=2, box_xyxy=(5, 7, 8, 9), mask=rows, confidence=1.0, area=4)
-    assert region_points(region, kind="mask") == [1, 3, 1, 1, 5, 7, 7, 8]
-    full = np.zeros((20, 20), np.bool_)
-    full[7:9, 5:8] = rows
-    assert region_points(region, kind="mask") == encode_mask(full)
+@pytest.mark.parametrize(
+    ("art", "expected"),
+    [
+        ("#", [0, 1, 3, 2, 3, 2]),
+        ("## ##", [0, 4, 3, 2, 4, 3]),
+        (".## ###", [1, 5, 3, 2, 5, 3]),
+        ("##. .##", [0, 2, 2, 2, 3, 2, 5, 3]),
+        ("### #.. ###", [0, 4, 2, 3, 3, 2, 5, 4]),
+        (".#. ###", [1, 1, 1, 3, 3, 2, 5, 3]),
+        ("### .#.", [0, 3, 1, 1, 1, 3, 2, 5, 3]),
+    ],
+)
+def test_a_mask_is_encoded_in_its_box(art: str, expected: list[int]) -> None:
+    rows = np.array([[c == "#" for c in line] for line in art.split()])
+    label_map = np.zeros((20, 20), np.uint8)
+    label_map[2 : 2 + rows.shape[0], 3 : 3 + rows.shape[1]] = rows * 2
+    (region,) = find_regions(label_map, background_ids=(0,)).regions
+    assert region_points(region, kind="mask") == expected == encode_mask(label_map == 2)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_jaccard_index
 
-from sscloud.bundle import Manifest, ModelBundle, save_bundle
+from sscloud.architecture import Architecture
+from sscloud.bundle import Manifest, ModelBundle
+from sscloud.checkpoint import save_bundle
 from sscloud.errors import DatasetError, ImageError, SchemaError
 from sscloud.image import read_image, read_label_map
 from sscloud.inference import Predictor
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from training.dataset import open_dataset
 from training.evaluate import evaluate, scores_table, scores_to_dict
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sscloud.architecture import Architecture
 from sscloud.bundle import ModelBundle
+from sscloud.checkpoint import load_model
 from sscloud.errors import BundleError, ConfigError
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from training.config import RunFacts, TrainConfig, write_config
 from training.export import export_bundle
 
@@ -49,7 +51,7 @@ def test_a_bundle_of_the_best_epoch(run: Path, tmp_path: Path, make_unet: Callab
     assert (manifest.scale, manifest.resample, manifest.aspect) == (0.25, "bicubic", 2.4)
     assert (manifest.elevation, manifest.parent, manifest.azimuth) == ((90.0, -60.0), "street v1", None)
     for name, tensor in make_unet().state_dict().items():
-        assert torch.equal(bundle.model().state_dict()[name], tensor), name
+        assert torch.equal(load_model(bundle).state_dict()[name], tensor), name
 
 
 def test_without_validation_the_last_epoch_counts(run: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from sscloud.unet import Architecture
+from sscloud.architecture import Architecture
 from training.memory import advise, is_out_of_memory, step_bytes
 
 SMALL = Architecture(classes=6, base_width=8)
@@ -78,7 +78,8 @@ def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> N
 
 _MEASURE = """
 import psutil, resource, sys, torch
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
+from sscloud.architecture import Architecture
 from training.losses import segmentation_loss
 height, width = int(sys.argv[1]), 2 * int(sys.argv[1])
 torch.set_num_threads(1)

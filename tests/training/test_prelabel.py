@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from executioner import Executioner, Killed
 from numpy.typing import NDArray
 from PIL import Image
 
-from sscloud.bundle import Manifest, ModelBundle, save_bundle
+from sscloud.bundle import Manifest, ModelBundle
+from sscloud.checkpoint import save_bundle
 from sscloud.errors import ConfigError, SchemaError, ServerError, UnreachableError
 from sscloud.image import decode_image
 from sscloud.inference import Predictor
 from sscloud.labels import LabelSchema
-from sscloud.shapes import Region
+from sscloud.regions import Region
 from sscloud.unet import UNet
 from training.annotations import painting
 from training.cvat import Account, Server
@@ -464,9 +466,32 @@ def test_labels_that_get_attributes_later_do_not_make_strangers(
 def test_the_threshold_leaves_out_what_is_unsure(bench: Bench, tiny_bundle: ModelBundle) -> None:
     bench.run(threshold=0.8)
     segmentation = Predictor(tiny_bundle, device="cpu").predict(decode_image(bench.pictures["0.png"]))
-    expected = np.where(segmentation.confidence >= 0.8, segmentation.label_map, 0)
+    expected = np.where(segmentation.confidence.at_least(0.8), segmentation.label_map, 0)
     assert np.array_equal(bench.pixels(0), expected)
     assert 0 < np.count_nonzero(expected) < np.count_nonzero(segmentation.label_map)
+
+
+def test_the_next_image_comes_while_the_model_works(faulty: Bench, cvat_server: CvatStandin) -> None:
+    """And none comes for a frame that people have worked on."""
+    add_shapes(faulty.client, faulty.second, [polygon(faulty.labels["Земля"], 2, TRIANGLE)])
+    cvat_server.forget()
+
+    def wait_for_the_next() -> None:
+        while cvat_server.count("GET", r"/data/?$", number="1") == 0:  # the test ends it after a while
+            time.sleep(0.01)
+
+    report = faulty.run(detector=_Waiting(faulty.detector, wait_for_the_next))
+    assert (report.drawn, report.people) == (2, 1)
+    assert [frame.query["number"] for frame in cvat_server.find("GET", r"/data/?$", type="frame")] == ["0", "1"]
+
+
+def test_an_image_that_comes_in_vain_does_no_harm(faulty: Bench, cvat_server: CvatStandin) -> None:
+    """Somebody begins on the following frame while its image, which is broken, is on its way."""
+    cvat_server.replace_frame(faulty.task, 1, faulty.pictures["1.png"][:200])
+    add = lambda: add_shapes(faulty.client, faulty.first, [polygon(faulty.labels["Земля"], 1, TRIANGLE)])  # noqa: E731
+    report = faulty.run(detector=_Waiting(faulty.detector, add))
+    assert (report.drawn, report.people, report.failed) == (2, 1, [])
+    assert len(faulty.in_frame(1)) == 1
 
 
 def test_an_image_that_cannot_be_read_stops_nothing(faulty: Bench, cvat_server: CvatStandin) -> None:

@@ -19,12 +19,14 @@ import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from sscloud.architecture import Architecture
 from sscloud.bundle import Azimuth, ModelBundle
+from sscloud.checkpoint import load_model
 from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
 from sscloud.image import read_image
 from sscloud.inference import Predictor
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from training.config import Place, TrainConfig, read_run
 from training.dataset import Panoramas, build_cache, open_dataset, split
 from training.manifest import DatasetWriter
@@ -216,7 +218,7 @@ def test_mixed_precision_and_batches(make_dataset: MakeDataset, tmp_path: Path) 
     rows = table(tmp_path / "run")
     assert all(np.isfinite(float(row["train_loss"])) for row in rows)
     assert bundle.manifest.architecture.upsampling == "bilinear"
-    assert {tensor.dtype for tensor in bundle.model().parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_model(bundle).parameters()} == {torch.float32}
 
 
 def test_more_channels_than_labels(make_dataset: MakeDataset, tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_more_channels_than_labels(make_dataset: MakeDataset, tmp_path: Path) ->
 
     assert bundle.manifest.architecture.classes == 68
     assert bundle.manifest.label_ids == (0, 2, 5, 6, 65, 66) + (0,) * 62
-    assert bundle.model().outc.conv.weight.shape[0] == 68
+    assert load_model(bundle).outc.conv.weight.shape[0] == 68
 
 
 def test_fewer_channels_than_labels(make_dataset: MakeDataset, tmp_path: Path) -> None:
@@ -244,8 +246,8 @@ def test_load_continues_from_a_bundle_and_from_a_checkpoint(
         second = fit(data, tmp_path / name, load=str(source), **frozen)
         parent = "sscloud v1" if name == "bundle" else "checkpoint_epoch2.pth"
         assert second.manifest.parent == parent
-        expected = first.model().outc.conv.weight
-        torch.testing.assert_close(second.model().outc.conv.weight, expected, atol=1e-6, rtol=0)
+        expected = load_model(first).outc.conv.weight
+        torch.testing.assert_close(load_model(second).outc.conv.weight, expected, atol=1e-6, rtol=0)
     assert "was trained at scale" not in caplog.text
     with pytest.raises(BundleError, match=r"base width 4 with transposed .* asked for were 8 and transposed"):
         fit(data, tmp_path / "wide", load=str(tmp_path / "first/bundle"), base_width=8, scale=0.3)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import, and say what was found."""
-    from sscloud.bundle import import_checkpoint
+    from sscloud.checkpoint import import_checkpoint
     from sscloud.labels import LabelSchema
 
     labels = LabelSchema.from_yaml(args.labels) if args.labels else LabelSchema.default()

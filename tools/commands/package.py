@@ -9,10 +9,16 @@ HELP = "make a function folder for Nuclio of a bundle"
 DESCRIPTION = """\
 Writes a folder that holds everything Nuclio needs to build and run the function: function.yaml (CPU) and
 function-gpu.yaml with the labels, version and description of the bundle, the code, and the bundle itself.
+With --backend openvino the CPU function needs no PyTorch: its packages take a third of the space, and it is faster;
+its results are compared with PyTorch's first. With --calibrate it also computes in 8-bit integers, several times
+faster still, at the price of a few pixels in ten thousand; give a handful of panoramas such as it will see.
 Deploy it with `sscloud deploy` (or with nuctl), or try it without Docker with `sscloud serve`."""
 EXAMPLES = """\
   sscloud package runs/street/bundle -o function
   sscloud deploy function --gpu
+
+  sscloud package runs/street/bundle -o function --backend openvino
+  sscloud package runs/street/bundle -o function --backend openvino --calibrate data/imgs/1.jpg data/imgs/2.jpg
 
   sscloud package runs/street/bundle -o function --name sscloud-street --overwrite
   sscloud serve function"""
@@ -27,14 +33,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="function folder to write")
     parser.add_argument("--name", help="the function's name in Nuclio (default: sscloud-<the bundle's name>)")
+    parser.add_argument(
+        "--backend",
+        choices=("torch", "openvino"),
+        default="torch",
+        help="what the CPU function computes with (default: torch)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images, or folders of them, to fit OpenVINO's int8 to (default: no int8)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER when it exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from tools.function_folder import package
+    from tools.inputs import list_images
 
-    name = package(args.bundle, args.output, name=args.name, overwrite=args.overwrite)
+    name = package(
+        args.bundle,
+        args.output,
+        name=args.name,
+        backend=args.backend,
+        calibrate=list_images(args.calibrate),
+        overwrite=args.overwrite,
+        tell=print,
+    )
     print(f"{args.output}: function {name}, self-contained.")
     folder = shlex.quote(str(args.output))
     print(

@@ -47,8 +47,9 @@ def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Seque
     """Write the label map of every image; refuses before the first when an output exists or is an image itself."""
     from tqdm import tqdm
 
-    from sscloud.errors import ConfigError
-    from sscloud.image import write_label_map
+    from sscloud.ahead import Ahead
+    from sscloud.errors import ConfigError, ImageError
+    from sscloud.image import read_image, write_label_map
 
     if len(set(outputs)) < len(outputs):
         twice = sorted({path.name for path in outputs if outputs.count(path) > 1})
@@ -58,7 +59,12 @@ def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Seque
     existing = [path for path in outputs if path.exists()]
     if existing and not overwrite:
         raise ConfigError(f"{existing[0]} exists already ({len(existing)} such file(s)). Add --overwrite to replace.")
-    for image, output in tqdm(
-        list(zip(images, outputs, strict=True)), "Predicting", unit="img", leave=False, disable=None
-    ):
-        write_label_map(output, predictor.predict_file(image).label_map)
+    work = list(zip(images, outputs, [*images[1:], None], strict=True))
+    with Ahead(read_image) as pictures:
+        for image, output, following in tqdm(work, "Predicting", unit="img", leave=False, disable=None):
+            pixels = pictures.take(image, following=following)
+            try:
+                segmentation = predictor.predict(pixels)
+            except ImageError as error:
+                raise ImageError(f"{image}: {error}") from error
+            write_label_map(output, segmentation.label_map)

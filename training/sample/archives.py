@@ -20,7 +20,8 @@ from PIL import Image
 
 from sscloud.errors import ConfigError, SchemaError
 from sscloud.labels import VOID, Label, LabelSchema
-from sscloud.shapes import find_regions, outline
+from sscloud.outlines import outline
+from sscloud.regions import find_regions
 
 MIN_AREA = 16
 """Smaller regions, pixels, are joined to one mask per label: nobody draws them one by one."""
@@ -149,7 +150,6 @@ def _draw(label_map: NDArray[np.uint8], schema: LabelSchema) -> Iterator[_Drawn]
         )
     regions = find_regions(
         label_map,
-        np.ones(label_map.shape, np.float32),
         background_ids={undrawn},
         min_area=MIN_AREA,
         max_regions=MAX_REGIONS,
@@ -158,11 +158,12 @@ def _draw(label_map: NDArray[np.uint8], schema: LabelSchema) -> Iterator[_Drawn]
     labels = {label.id: label for label in schema.labels}
     for number, region in enumerate(regions):
         x1, y1, x2, y2 = region.box_xyxy
-        left[y1:y2, x1:x2][region.mask] = undrawn
-        polygon = outline(region.mask, offset_xy=(x1, y1)) if number % POLYGON_EVERY == 1 else None
+        mask = region.mask
+        left[y1:y2, x1:x2][mask] = undrawn
+        polygon = outline(region) if number % POLYGON_EVERY == 1 else None
         if polygon is not None and len(polygon) > 2 * MAX_POLYGON_POINTS:
             polygon = None
-        yield _Drawn(label=labels[region.label_id], box_xyxy=region.box_xyxy, mask=region.mask, polygon=polygon)
+        yield _Drawn(label=labels[region.label_id], box_xyxy=region.box_xyxy, mask=mask, polygon=polygon)
     for label in schema.labels:
         if label.id == undrawn:
             continue
