@@ -1,6 +1,7 @@
 """The Nuclio function that CVAT calls: an event into a call, a result into a response.
 
-CVAT posts `{"image": "<base64 of the original file>", "threshold": 0.5}`, the threshold only when it is not 0.
+CVAT posts `{"image": "<base64 of the original file>", "threshold": 0.5}`, the threshold only when it is not 0; of a key
+that is there twice the last one counts. `GET /metrics` answers counts and latencies (see metrics.py).
 """
 
 import binascii
@@ -9,50 +10,30 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Mapping
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import nuclio_sdk
 
-from sscloud.errors import ConfigError, ImageError, RequestError
-from sscloud.shapes import MAX_REGIONS
+from sscloud.errors import ImageError, RequestError
+from sscloud.stages import Stages
 
 if TYPE_CHECKING:
+    from serverless.metrics import CONTENT_TYPE, Metrics
     from serverless.model_handler import ModelHandler
-else:
-    from model_handler import ModelHandler  # Nuclio puts the function's folder first on the path
+    from serverless.settings import Settings
+else:  # Nuclio puts the function's folder first on the path
+    from metrics import CONTENT_TYPE, Metrics
+    from model_handler import ModelHandler
+    from settings import Settings
 
 BUNDLE = Path(__file__).resolve().parent / "bundle"
+METRICS_PATH = "/metrics"
 
 _WHITE_SPACE = b" \t\r\n"
 _DATA_URL = re.compile(rb"data:image/[\w.+-]+;base64,")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the environment sets."""
-
-    min_area: int | None
-    """Smallest region that is sent, pixels; None for one pixel of the model's scale."""
-    max_regions: int
-    """Most regions in one answer."""
-    device: str
-    """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
-        """Read SSCLOUD_MIN_AREA, SSCLOUD_MAX_REGIONS and SSCLOUD_DEVICE.
-
-        Raises:
-            ConfigError: a value that is no whole number from 1.
-        """
-        return cls(
-            min_area=_whole_number(environment, "SSCLOUD_MIN_AREA"),
-            max_regions=_whole_number(environment, "SSCLOUD_MAX_REGIONS") or MAX_REGIONS,
-            device=environment.get("SSCLOUD_DEVICE") or "auto",
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,56 +54,110 @@ def init_context(context: nuclio_sdk.Context) -> None:
         ConfigError: a setting is wrong.
     """
     started = time.perf_counter()
+    # A picture with odd metadata is answered like any other; what Pillow has to say about it is no line of its own.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     settings = Settings.from_environment(os.environ)
-    model = ModelHandler(BUNDLE, device=settings.device, min_area=settings.min_area, max_regions=settings.max_regions)
+    model = ModelHandler(BUNDLE, settings)
+    context.user_data.settings = settings
     context.user_data.model = model
+    context.user_data.metrics = Metrics(worker=str(context.worker_id), model=model.manifest.title)
+    context.platform.set_termination_callback(lambda: _end(context))
+    context.platform.set_drain_callback(lambda: context.logger.info("Told to take no more requests"))
     context.logger.info_with(
-        "The model is ready", model=model.manifest.title, milliseconds=_milliseconds_since(started)
+        "The model is ready",
+        model=model.manifest.title,
+        runs_on=model.describe(),
+        milliseconds=_milliseconds_since(started),
     )
 
 
 def handler(context: nuclio_sdk.Context, event: nuclio_sdk.Event) -> nuclio_sdk.Response:
     """Answer one request: 200 with a JSON list of regions, or 400 or 500 with `{"error": …}`.
 
-    CVAT shows people the status only, so everything that goes wrong is logged here.
+    CVAT shows people the status only, so everything that goes wrong is logged here, in one line a request.
     """
     started = time.perf_counter()
-    model: ModelHandler = context.user_data.model
+    data = context.user_data
+    model: ModelHandler = data.model
+    metrics: Metrics = data.metrics
+    if event.method == "GET" and event.path == METRICS_PATH:
+        return context.Response(body=metrics.text(), headers={}, content_type=CONTENT_TYPE, status_code=200)
+    stages = Stages()
+    size = _size(event)
     try:
-        request = parse_request(event.body)
-        answer = model.annotate(request.image, threshold=request.threshold)
+        with stages("parse"):
+            request = parse_request(event.body, size=size, max_bytes=data.settings.max_bytes)
+        answer = model.annotate(request.image, threshold=request.threshold, stages=stages)
     except (RequestError, ImageError) as error:
-        context.logger.warn_with("Refused a request", error=str(error), model=model.manifest.title)
-        return _response(context, 400, json.dumps({"error": str(error)}))
+        message, status = " ".join(str(error).split()), 400  # one line, whatever a library's message holds
+        context.logger.warn_with("Refused a request", error=message, bytes=size, model=model.manifest.title)
     except Exception as error:  # the worker lives on, whatever happens to one image
         context.logger.error_with("A request failed", error=repr(error), traceback=traceback.format_exc())
         message = f"{type(error).__name__}: {error}. This is a defect or a lack of memory; see the function's log."
-        return _response(context, 500, json.dumps({"error": message}))
-    height, width = answer.size_hw
-    context.logger.info_with(
-        "Answered",
-        size=f"{width}x{height}",
-        regions=answer.regions,
-        milliseconds=_milliseconds_since(started),
-        bytes=len(answer.body),
-        model=model.manifest.title,
-        **({"specks_left_out": answer.specks} if answer.specks else {}),
-        **({"regions_beyond_limit_left_out": answer.surplus} if answer.surplus else {}),
-    )
-    return _response(context, 200, answer.body)
+        status = 500
+    else:
+        height, width = answer.size_hw
+        milliseconds = _milliseconds_since(started)
+        metrics.add(
+            200,
+            milliseconds=milliseconds,
+            stages=stages.milliseconds,
+            request_bytes=size,
+            answer_bytes=len(answer.body),
+            regions=answer.regions,
+            notes=answer.notes,
+        )
+        context.logger.info_with(
+            "Answered",
+            size=f"{width}x{height}",
+            regions=answer.regions,
+            milliseconds=milliseconds,
+            stages={stage: round(spent, 1) for stage, spent in stages.milliseconds.items()},
+            bytes=len(answer.body),
+            model=model.manifest.title,
+            **answer.notes,
+        )
+        return _response(context, 200, answer.body)
+    metrics.add(status, milliseconds=_milliseconds_since(started), stages=stages.milliseconds, request_bytes=size)
+    return _response(context, status, json.dumps({"error": message}))
 
 
-def parse_request(body: Any) -> Request:
+def _end(context: nuclio_sdk.Context) -> NoReturn:
+    """End the worker's process: nothing more comes, and Nuclio need not wait any longer.
+
+    Nuclio's wrapper calls this between requests: the running one is answered.
+    """
+    context.logger.info("Told to end: the worker ends")
+    raise SystemExit(0)
+
+
+def parse_request(body: Any, *, size: int, max_bytes: int) -> Request:
     """Check what CVAT (or anybody) sent. Unknown keys are ignored.
 
     Args:
         body: the event's body: parsed JSON, or bytes or text when the content type was not exactly application/json.
+            The text of the image is taken out of it, so that it is not in memory twice while the model works.
+        size: the body's bytes.
+        max_bytes: most of them.
 
     Raises:
         RequestError: what was found, what was expected.
     """
+    if size > max_bytes:
+        raise RequestError(
+            f"The request has {size} bytes; at most {max_bytes} are taken. Send a smaller picture, or raise "
+            "SSCLOUD_MAX_BYTES and maxRequestBodySize in function.yaml."
+        )
     fields = _parse_object(body)
-    return Request(image=_parse_image(fields.get("image")), threshold=_parse_threshold(fields.get("threshold", 0)))
+    threshold = _parse_threshold(fields.get("threshold", 0))
+    return Request(image=_parse_image(fields.pop("image", None)), threshold=threshold)
+
+
+def _size(event: nuclio_sdk.Event) -> int:
+    """Bytes of the event's body."""
+    if isinstance(event.size, int):
+        return event.size
+    return len(event.body) if isinstance(event.body, bytes | bytearray | str) else 0
 
 
 def _parse_object(body: Any) -> dict[str, Any]:
@@ -145,9 +180,7 @@ def _parse_image(value: Any) -> bytes:
     if not isinstance(value, str):
         raise RequestError(f"'image' is a JSON {_json_type(value)}, not a string. Send the picture's file in base64.")
     try:
-        text = value.encode("ascii").translate(None, _WHITE_SPACE)
-        prefix = _DATA_URL.match(text)
-        image = binascii.a2b_base64(text[prefix.end() :] if prefix else text, strict_mode=True)
+        image = _decode_base64(value)
     except ValueError as error:  # binascii.Error and UnicodeEncodeError
         raise RequestError(
             f"'image' is not valid base64 ({error}). Send the picture's file in standard base64 with its padding."
@@ -155,6 +188,15 @@ def _parse_image(value: Any) -> bytes:
     if not image:
         raise RequestError("'image' is empty. Send the picture's file in base64.")
     return image
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)  # CVAT's: tens of megabytes, decoded from where they are
+    except ValueError:
+        packed = text.encode("ascii").translate(None, _WHITE_SPACE)
+        prefix = _DATA_URL.match(packed)
+        return binascii.a2b_base64(packed[prefix.end() :] if prefix else packed, strict_mode=True)
 
 
 def _parse_threshold(value: Any) -> float:
@@ -168,15 +210,6 @@ def _parse_threshold(value: Any) -> float:
 def _json_type(value: Any) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
-
-
-def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name)
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
-        raise ConfigError(f"{name} is {text!r}. Set a whole number from 1 (and below 10^9), or leave it out.")
-    return int(text)
 
 
 def _response(context: nuclio_sdk.Context, status: int, body: str) -> nuclio_sdk.Response:

@@ -1,12 +1,19 @@
-"""ModelHandler: owns the bundle and the predictor, and writes the answer that CVAT reads."""
+"""ModelHandler: owns the bundle and the predictor, and makes the answer that CVAT reads."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sscloud.budget import within_budget
 from sscloud.bundle import ModelBundle
 from sscloud.inference import Predictor
-from sscloud.shapes import Region, find_regions, mask_json, outline, smallest_region
+from sscloud.outlines import outlines, points_json
+from sscloud.regions import find_regions, smallest_region
+from sscloud.shapes import Drawing, answer_json
+from sscloud.stages import Stages
+
+if TYPE_CHECKING:
+    from serverless.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +26,8 @@ class Answer:
     """Size of the image."""
     regions: int
     """Objects in the list."""
-    specks: int
-    """Regions left out because they are smaller than the minimum area."""
-    surplus: int
-    """Regions left out because there were more than the limit."""
+    notes: dict[str, int]
+    """What was left out or sent in another form → how often; only what happened."""
 
 
 class ModelHandler:
@@ -30,67 +35,82 @@ class ModelHandler:
 
     Args:
         bundle_path: the bundle's folder.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        min_area: smallest region that is sent, pixels; None for one pixel of the model's scale.
-        max_regions: most regions in one answer, the largest first.
+        settings: of the function.
 
     Raises:
         BundleError: the bundle is missing, damaged, or does not fit.
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, or cannot compute in the precision.
     """
 
-    def __init__(self, bundle_path: Path, *, device: str, min_area: int | None, max_regions: int) -> None:
+    def __init__(self, bundle_path: Path, settings: "Settings") -> None:
         bundle = ModelBundle.load(bundle_path)
         self.manifest = bundle.manifest
-        self.min_area = smallest_region(self.manifest.scale) if min_area is None else min_area
-        self.max_regions = max_regions
-        self._predictor = Predictor(bundle, device=device)
+        self._settings = settings
+        self._min_area = smallest_region(self.manifest.scale) if settings.min_area is None else settings.min_area
+        self._predictor = Predictor(
+            bundle, device=settings.device, precision=settings.precision, backend=settings.backend
+        )
         self._predictor.warm_up()
         # What the spec declares is sent; everything else (background, void) is not.
-        self._names = {
-            label.id: json.dumps(label.name) for label in self.manifest.labels.classes if not label.background
-        }
+        self._names = {label.id: label.name for label in self.manifest.labels.classes if not label.background}
         self._background_ids = frozenset(range(256)) - self._names.keys()
 
-    def annotate(self, image: bytes, *, threshold: float) -> Answer:
+    def describe(self) -> str:
+        """Library, device and precision that the network runs with, for a log."""
+        return self._predictor.describe()
+
+    def annotate(self, image: bytes, *, threshold: float, stages: Stages) -> Answer:
         """Segment an encoded picture.
 
         Args:
             image: the file's bytes.
             threshold: pixels with a probability below it (0 to 1) are not sent.
+            stages: told how long every stage takes.
 
         Raises:
             ImageError: the picture cannot be decoded, is too large, or too small for the model.
         """
-        segmentation = self._predictor.predict(image)
-        found = find_regions(
-            segmentation.label_map,
-            segmentation.confidence,
-            background_ids=self._background_ids,
-            threshold=threshold,
-            min_area=self.min_area,
-            max_regions=self.max_regions,
+        settings = self._settings
+        segmentation = self._predictor.predict(
+            image, max_pixels=settings.max_pixels, draft=settings.decode == "draft", stages=stages
         )
-        model = json.dumps(self.manifest.title)
+        size_hw = (segmentation.class_map.shape[0], segmentation.class_map.shape[1])
+        with stages("regions"):
+            found = find_regions(
+                segmentation.label_map,
+                segmentation.confidence,
+                background_ids=self._background_ids,
+                threshold=threshold,
+                min_area=self._min_area,
+                max_regions=settings.max_regions,
+            )
+            del segmentation
+            fit = within_budget(found.regions, max_crop_area=settings.budget)
+        with stages("answer"):
+            regions = sorted([*fit.masks, *fit.polygons], key=lambda region: -region.area)
+            polygons = {id(region) for region in (regions if settings.shapes == "polygon" else fit.polygons)}
+            points = points_json(outlines(regions, size_hw, tolerance=settings.tolerance))
+            body = answer_json(
+                [
+                    Drawing(
+                        region=region,
+                        label=self._names[region.label_id],
+                        points=text,
+                        as_polygon=id(region) in polygons,
+                    )
+                    for region, text in zip(regions, points, strict=True)
+                ],
+                model=self.manifest.title,
+            )
+        notes = {
+            "specks_left_out": found.specks,
+            "regions_beyond_limit_left_out": found.surplus,
+            "regions_split": fit.splits,
+            "masks_as_polygons": len(fit.polygons) if settings.shapes == "mask" else 0,
+        }
         return Answer(
-            body="[" + ",".join(_item(region, self._names[region.label_id], model) for region in found.regions) + "]",
-            size_hw=(segmentation.class_map.shape[0], segmentation.class_map.shape[1]),
-            regions=len(found.regions),
-            specks=found.specks,
-            surplus=found.surplus,
+            body=body,
+            size_hw=size_hw,
+            regions=len(regions),
+            notes={name: count for name, count in notes.items() if count},
         )
-
-
-def _item(region: Region, label: str, model: str) -> str:
-    """One object of the answer; `label` and `model` are JSON texts.
-
-    Joined by hand: json.dumps needs a Python integer for every one of the tens of millions of mask pixels.
-    """
-    left, top, right, bottom = region.box_xyxy
-    points = ",".join(map(str, outline(region.mask, offset_xy=(left, top))))
-    confidence = f'"{region.confidence:.2f}"'
-    return (
-        f'{{"label":{label},"type":"mask","mask":[{mask_json(region.mask)},{left},{top},{right - 1},{bottom - 1}],'
-        f'"points":[{points}],"confidence":{confidence},"attributes":'
-        f'[{{"name":"model","value":{model}}},{{"name":"confidence","value":{confidence}}}]}}'
-    )

@@ -1,8 +1,8 @@
 """A bundle → a function folder that `nuctl deploy` takes as it is.
 
 FOLDER/
-  function.yaml, function-gpu.yaml   the templates of `serverless/`, filled in from the bundle
-  main.py, model_handler.py          what Nuclio calls
+  function.yaml, function-gpu.yaml   templates of `serverless/`, filled in from the bundle
+  main.py, model_handler.py, …       what Nuclio calls
   sscloud/                           a copy of the package: Nuclio puts FOLDER first on the path
   bundle/                            weights and manifest
 """
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,38 +20,57 @@ import sscloud
 from sscloud.bundle import MANIFEST, WEIGHTS, Manifest, ModelBundle
 from sscloud.errors import ConfigError
 from sscloud.files import atomic_folder
+from sscloud.inference import Backend
 from sscloud.labels import LabelSchema
 from sscloud.shapes import ATTRIBUTES
 
-MODULES = ("main.py", "model_handler.py")
+MODULES = ("main.py", "metrics.py", "model_handler.py", "settings.py")
 TEMPLATES = ("function.yaml", "function-gpu.yaml")
+OPENVINO_TEMPLATE = "function-openvino.yaml"
+"""Takes the place of function.yaml: the same but for what computes."""
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _MAX_NAME = 56
 """A Kubernetes label has 63 characters at most, and Nuclio puts "nuclio-" before the name."""
 
 
-def package(bundle_path: Path, folder: Path, *, name: str | None = None, overwrite: bool = False) -> str:
+def package(
+    bundle_path: Path,
+    folder: Path,
+    *,
+    name: str | None = None,
+    backend: Backend = "torch",
+    calibrate: Sequence[Path] = (),
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> str:
     """Write a function folder, whole or not at all.
 
     Args:
         bundle_path: the bundle to serve.
         folder: the function folder to write.
         name: the function's name in Nuclio; None makes one of the bundle's name.
+        backend: what function.yaml computes with; function-gpu.yaml takes PyTorch.
+        calibrate: images to fit int8 to, which OpenVINO then computes in; none for its other precisions.
         overwrite: replace `folder` when it exists.
+        tell: told, for people, how OpenVINO's results compare with PyTorch's.
 
     Returns:
         the function's name in Nuclio.
 
     Raises:
-        BundleError: no valid bundle.
-        ConfigError: a name that Nuclio does not take, or a folder that exists.
+        BundleError: no valid bundle, or one that OpenVINO does not compute as PyTorch does.
+        ConfigError: a name that Nuclio does not take, a folder that exists, or no OpenVINO.
+        ImageError: an image of `calibrate` cannot be used.
     """
     bundle = ModelBundle.load(bundle_path)
     function_name = find_name(bundle.manifest.name) if name is None else check_name(name)
+    if calibrate and backend != "openvino":
+        raise ConfigError("Only OpenVINO computes in int8. Add --backend openvino, or leave --calibrate out.")
     with atomic_folder(folder, marker="function.yaml", overwrite=overwrite) as target:
         for template in TEMPLATES:
-            text = (_source() / template).read_text(encoding="utf-8")
+            openvino = backend == "openvino" and template == "function.yaml"
+            text = (_source() / (OPENVINO_TEMPLATE if openvino else template)).read_text(encoding="utf-8")
             filled = fill_template(text, bundle.manifest, name=function_name)
             (target / template).write_text(filled, encoding="utf-8", newline="\n")
         for module in MODULES:
@@ -60,7 +79,24 @@ def package(bundle_path: Path, folder: Path, *, name: str | None = None, overwri
         (target / "bundle").mkdir()
         for file in (WEIGHTS, MANIFEST):
             shutil.copyfile(bundle.path / file, target / "bundle" / file)
+        if backend == "openvino":
+            _check_openvino(ModelBundle.load(target / "bundle"), calibrate, tell)
     return function_name
+
+
+def _check_openvino(bundle: ModelBundle, calibrate: Sequence[Path], tell: Callable[[str], None]) -> None:
+    from tools import openvino_check  # openvino is optional
+
+    difference = openvino_check.check_parity(bundle)
+    tell(f"OpenVINO's logits differ from PyTorch's by {difference:.0e} of the largest one, which is rounding.")
+    if calibrate:
+        found = openvino_check.calibrate(bundle, calibrate)
+        label = bundle.manifest.labels.by_id(bundle.manifest.label_ids[found.worst_class])
+        worst = "?" if label is None else label.name
+        tell(
+            f"In int8, {found.equal:.3%} of these images' pixels keep their label; IoU with fp32 is lowest for "
+            f"{worst}: {found.worst_iou:.3f}."
+        )
 
 
 def find_name(bundle_name: str) -> str:

@@ -1,14 +1,15 @@
 """A stand-in for Nuclio on one machine, without Docker: runs one packaged function folder.
 
 It has the two doors that CVAT knocks at: the function's own port, and the part of the dashboard's API that CVAT calls
-(cvat/apps/lambda_manager in CVAT's sources). The function runs in a process of its own with its folder first on the
-path, one request at a time, as a Nuclio worker does; the limits are those of its function.yaml.
+(cvat/apps/lambda_manager in CVAT's sources). The function runs in processes of its own with its folder first on the
+path, each with one request at a time, as Nuclio's workers do. Their number and the limits are those of function.yaml.
 """
 
 import asyncio
 import base64
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import socket
 import struct
 import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _DURATION = re.compile(r"(\d+(?:\.\d*)?)(ms|s|m|h)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_PAUSE = 30.0
+_STARTING = "The function's worker is being started. Try again in a few seconds."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +60,12 @@ class FunctionConfig:
     """Name of the HTTP trigger."""
     port: int
     """The function's port; 0 for any free one."""
+    workers: int
+    """Processes that the function runs in."""
     body_limit: int
     """Bytes of a request's body."""
     worker_wait: float
-    """Seconds that a request waits for the worker."""
+    """Seconds that a request waits for a free worker."""
     event_timeout: float
     """Seconds that the function may work on a request."""
     readiness_timeout: float
@@ -110,6 +114,7 @@ def read_function(folder: Path) -> FunctionConfig:
             handler=handler,
             trigger=str(trigger),
             port=int(attributes.get("port", 0)),
+            workers=_at_least_one(http.get("numWorkers", 1)),
             body_limit=int(attributes.get("maxRequestBodySize", DEFAULT_BODY_LIMIT)),
             worker_wait=int(http.get("workerAvailabilityTimeoutMilliseconds", 10_000)) / 1000,
             event_timeout=parse_duration(str(spec.get("eventTimeout", "24h"))),
@@ -135,6 +140,13 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
+def _at_least_one(value: Any) -> int:
+    number = int(value)
+    if number < 1:
+        raise ValueError(f"numWorkers is {value}, but a function needs one worker at least")
+    return number
+
+
 class Reply(NamedTuple):
     """What goes back to the client."""
 
@@ -155,16 +167,24 @@ def _error(status: int, message: str) -> Reply:
 
 
 class Worker:
-    """The function's process: started, asked one request at a time, started again when it dies."""
+    """One process of the function: started, asked one request at a time, started again when it dies.
 
-    def __init__(self, config: FunctionConfig) -> None:
-        self.state = "waitingForResourceConfiguration"
-        """As Nuclio calls it: `ready`, or `unhealthy` while the process is being started again."""
+    Args:
+        config: of the function.
+        number: of the worker, from 0.
+        when_free: called with its process whenever that is ready for the next request.
+    """
+
+    def __init__(
+        self, config: FunctionConfig, number: int, when_free: Callable[["Worker", asyncio.subprocess.Process], None]
+    ) -> None:
+        self.ready = False
+        """Whether it works or can; not while it is started."""
         self._config = config
+        self._number = number
+        self._when_free = when_free
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-        self._exchanges: set[asyncio.Task[Reply]] = set()
 
     async def start(self) -> None:
         """Start the process and wait until the function is ready.
@@ -183,50 +203,36 @@ class Worker:
                 await self._watcher
         await self._end()
 
-    async def call(self, header: Mapping[str, Any], body: bytes) -> Reply:
-        """Pass one request to the function; requests wait for their turn.
+    def has(self, process: asyncio.subprocess.Process) -> bool:
+        """Whether a process that was free is still there."""
+        return self.ready and self._process is process
+
+    async def ask(self, process: asyncio.subprocess.Process, header: Mapping[str, Any], body: bytes) -> Reply:
+        """Pass one request to the function.
 
         Args:
+            process: the worker's, which is free.
             header: fields of the Nuclio event.
             body: the request's body.
         """
-        if self.state != "ready":
-            return _error(503, "The function's worker is being started. Try again in a few seconds.")
         try:
-            async with asyncio.timeout(self._config.worker_wait):
-                await self._turn.acquire()
+            async with asyncio.timeout(self._config.event_timeout):
+                await _send(process, header, body)
+                reply, text = await _receive(process)
         except TimeoutError:
-            return _error(503, f"The worker was busy for {self._config.worker_wait:g} s. Try again later.")
-        # A client that goes away must not leave half an exchange in the pipes.
-        exchange = asyncio.create_task(self._exchange(header, body))
-        self._exchanges.add(exchange)
-        exchange.add_done_callback(self._exchanges.discard)
-        return await asyncio.shield(exchange)
-
-    async def _exchange(self, header: Mapping[str, Any], body: bytes) -> Reply:
-        try:
-            process = self._process
-            if self.state != "ready" or process is None:
-                return _error(503, "The function's worker is being started. Try again in a few seconds.")
-            try:
-                async with asyncio.timeout(self._config.event_timeout):
-                    await _send(process, header, body)
-                    reply, text = await _receive(process)
-            except TimeoutError:
-                self._give_up(process)
-                _log(f"The function worked for {self._config.event_timeout:g} s (eventTimeout); it is started again.")
-                return _error(408, "handler timed out")
-            except (OSError, asyncio.IncompleteReadError):
-                self._give_up(process)
-                return _error(502, "The function's worker ended while it worked on this request.")
-            if reply["body_encoding"] == "base64":
-                text = base64.b64decode(text)
-            return Reply(reply["status_code"], reply["content_type"], text, reply.get("headers") or {})
-        finally:
-            self._turn.release()
+            self._give_up(process)
+            _log(f"The function worked for {self._config.event_timeout:g} s (eventTimeout); it is started again.")
+            return _error(408, "handler timed out")
+        except (OSError, asyncio.IncompleteReadError):
+            self._give_up(process)
+            return _error(502, "The function's worker ended while it worked on this request.")
+        self._when_free(self, process)
+        if reply["body_encoding"] == "base64":
+            text = base64.b64decode(text)
+        return Reply(reply["status_code"], reply["content_type"], text, reply.get("headers") or {})
 
     def _give_up(self, process: asyncio.subprocess.Process) -> None:
-        self.state = "unhealthy"
+        self.ready = False
         with contextlib.suppress(ProcessLookupError):
             process.kill()
 
@@ -237,7 +243,7 @@ class Worker:
             if self._process is not None:
                 status = await self._process.wait()
                 _log(f"The function's worker ended (status {status}); it is started again.")
-            self.state = "unhealthy"
+            self.ready = False
             await self._end()
             await asyncio.sleep(pause)
             try:
@@ -258,6 +264,7 @@ class Worker:
             str(config.folder),
             config.handler,
             config.trigger,
+            str(self._number),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **config.environment},
@@ -277,7 +284,8 @@ class Worker:
         if problem is not None:
             await self._end()
             raise ConfigError(f"The function {config.name} in {config.folder} does not start: {problem}")
-        self.state = "ready"
+        self.ready = True
+        self._when_free(self, self._process)
 
     async def _end(self) -> None:
         process, self._process = self._process, None
@@ -291,6 +299,63 @@ class Worker:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+class Workers:
+    """All processes of a function: each request goes to one that is free, in the order in which they came.
+
+    Args:
+        config: of the function.
+    """
+
+    def __init__(self, config: FunctionConfig) -> None:
+        self._config = config
+        self._free: asyncio.Queue[tuple[Worker, asyncio.subprocess.Process]] = asyncio.Queue()
+        self._workers = [Worker(config, number, self._put_free) for number in range(config.workers)]
+        self._exchanges: set[asyncio.Task[Reply]] = set()
+
+    @property
+    def state(self) -> str:
+        """As Nuclio calls it: `ready`, or `unhealthy` while no process runs."""
+        return "ready" if any(worker.ready for worker in self._workers) else "unhealthy"
+
+    async def start(self) -> None:
+        """Start the processes and wait until all are ready.
+
+        Raises:
+            ConfigError: `init_context` failed, or took too long.
+        """
+        for worker in self._workers:  # one after the other: loading takes the most memory
+            await worker.start()
+
+    async def stop(self) -> None:
+        """End the processes."""
+        await asyncio.gather(*(worker.stop() for worker in self._workers))
+
+    def _put_free(self, worker: Worker, process: asyncio.subprocess.Process) -> None:
+        self._free.put_nowait((worker, process))
+
+    async def call(self, header: Mapping[str, Any], body: bytes) -> Reply:
+        """Pass one request to the function; requests wait for their turn.
+
+        Args:
+            header: fields of the Nuclio event.
+            body: the request's body.
+        """
+        if self.state != "ready":
+            return _error(503, _STARTING)
+        try:
+            async with asyncio.timeout(self._config.worker_wait):
+                worker, process = await self._free.get()
+                while not worker.has(process):  # it died while it was free
+                    worker, process = await self._free.get()
+        except TimeoutError:
+            return _error(503, f"All workers were busy for {self._config.worker_wait:g} s. Try again later.")
+        # A client that goes away must not leave half an exchange in the pipes.
+        exchange = asyncio.create_task(worker.ask(process, header, body))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._exchanges.discard)
+        return await asyncio.shield(exchange)
 
 
 async def _send(process: asyncio.subprocess.Process, header: Mapping[str, Any], body: bytes) -> None:
@@ -310,28 +375,28 @@ async def _receive(process: asyncio.subprocess.Process) -> tuple[dict[str, Any],
     return header, await process.stdout.readexactly(body_length)
 
 
-def function_app(worker: Worker, config: FunctionConfig) -> FastAPI:
+def function_app(workers: Workers, config: FunctionConfig) -> FastAPI:
     """The function's own port: every request is an event."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.api_route("/{path:path}", methods=_METHODS)
     async def invoke(request: Request) -> Response:
-        return (await _invoke(worker, config, request, path=request.url.path)).response()
+        return (await _invoke(workers, config, request, path=request.url.path)).response()
 
     return app
 
 
-def dashboard_app(worker: Worker, config: FunctionConfig, *, function_port: int) -> FastAPI:
+def dashboard_app(workers: Workers, config: FunctionConfig, *, function_port: int) -> FastAPI:
     """The part of the Nuclio dashboard's API that CVAT calls."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     def describe() -> dict[str, Any]:
-        status = {"state": worker.state, "httpPort": function_port}
+        status = {"state": workers.state, "httpPort": function_port}
         return {"metadata": config.metadata, "spec": config.spec, "status": status}
 
     @app.get("/")
     async def about() -> PlainTextResponse:
-        return PlainTextResponse(f"sscloud serve: function {config.name}, {worker.state}. CVAT asks /api/functions.\n")
+        return PlainTextResponse(f"sscloud serve: function {config.name}, {workers.state}. CVAT asks /api/functions.\n")
 
     @app.get("/api/functions")
     async def list_functions(request: Request) -> dict[str, Any]:
@@ -358,14 +423,14 @@ def dashboard_app(worker: Worker, config: FunctionConfig, *, function_port: int)
         path = "/" + request.headers.get("x-nuclio-path", "").lstrip("/")
         try:
             async with asyncio.timeout(limit):
-                return (await _invoke(worker, config, request, path=path)).response()
+                return (await _invoke(workers, config, request, path=path)).response()
         except TimeoutError:
             return _error(504, f"The function did not answer within {limit:g} s.").response()
 
     return app
 
 
-async def _invoke(worker: Worker, config: FunctionConfig, request: Request, *, path: str) -> Reply:
+async def _invoke(workers: Workers, config: FunctionConfig, request: Request, *, path: str) -> Reply:
     try:
         body = await _read_body(request, config.body_limit)
     except ClientDisconnect:
@@ -383,7 +448,7 @@ async def _invoke(worker: Worker, config: FunctionConfig, request: Request, *, p
         "content_type": request.headers.get("content-type", ""),
         "headers": {name.title(): value for name, value in request.headers.items() if not name.startswith("x-nuclio-")},
     }
-    return await worker.call(header, body)
+    return await workers.call(header, body)
 
 
 async def _read_body(request: Request, limit: int) -> bytes | None:
@@ -428,13 +493,13 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _running(config: FunctionConfig) -> AsyncIterator[Worker]:
-    worker = Worker(config)
+async def _running(config: FunctionConfig) -> AsyncIterator[Workers]:
+    workers = Workers(config)
     try:
-        await worker.start()
-        yield worker
+        await workers.start()
+        yield workers
     finally:
-        await worker.stop()
+        await workers.stop()
 
 
 async def _serve(config: FunctionConfig, *, host: str, port: int, function_port: int | None) -> None:
@@ -442,10 +507,10 @@ async def _serve(config: FunctionConfig, *, host: str, port: int, function_port:
     with _listen(host, port, "--port") as dashboard, _listen(host, wanted, "--function-port") as function:
         dashboard_port, own_port = dashboard.getsockname()[1], function.getsockname()[1]
         print(f"Starting {config.name} of {config.folder} …", flush=True)
-        async with _running(config) as worker:
+        async with _running(config) as workers:
             apps: dict[int, ASGIApp] = {
-                dashboard_port: dashboard_app(worker, config, function_port=own_port),
-                own_port: function_app(worker, config),
+                dashboard_port: dashboard_app(workers, config, function_port=own_port),
+                own_port: function_app(workers, config),
             }
             server = uvicorn.Server(
                 uvicorn.Config(
@@ -456,7 +521,8 @@ async def _serve(config: FunctionConfig, *, host: str, port: int, function_port:
                     log_level="warning",
                     access_log=False,
                     server_header=False,
-                    timeout_graceful_shutdown=10,
+                    # What is being worked on is answered first; a second Ctrl-C does not wait.
+                    timeout_graceful_shutdown=math.ceil(config.event_timeout) + 1,
                 )
             )
             # uvicorn takes these signals over while it runs, and raises them once more for whoever had them before.

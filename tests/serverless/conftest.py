@@ -3,23 +3,33 @@
 import base64
 import contextlib
 import http.client
+import importlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import nuclio_sdk
+import nuclio_sdk.event
+import nuclio_sdk.json_encoder
+import nuclio_sdk.logger
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sscloud.bundle import Manifest, save_bundle
+import serverless
+from sscloud.architecture import Architecture
+from sscloud.bundle import Manifest
+from sscloud.checkpoint import save_bundle
 from sscloud.labels import LabelSchema
-from sscloud.unet import Architecture, UNet
+from sscloud.unet import UNet
 from tools.function_folder import package
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +67,13 @@ class Host:
     def post(self, body: bytes, content_type: str = "application/json", *, path: str = "/") -> Answer:
         """As CVAT does in direct mode."""
         return request(self.function_port, "POST", path, body, {"Content-Type": content_type})
+
+    def get_metrics(self) -> str:
+        """As Prometheus does."""
+        answer = request(self.function_port, "GET", "/metrics", None, {})
+        assert answer.status == 200
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        return answer.body.decode()
 
     def invoke(self, body: bytes, content_type: str = "application/json", **headers: str) -> Answer:
         """As CVAT does in dashboard mode."""
@@ -186,3 +203,76 @@ def make_body() -> Callable[..., bytes]:
         return json.dumps({"image": base64.b64encode(picture).decode(), **more}).encode()
 
     return make
+
+
+class Reply(NamedTuple):
+    """What the handler gave back, and what it logged."""
+
+    status: int
+    content_type: str
+    body: str
+    log: str
+
+
+class Function:
+    """The handler with a real model, in this process, asked as Nuclio's wrapper asks it."""
+
+    def __init__(self, main: ModuleType, bundle: Path) -> None:
+        self._log = io.StringIO()
+        logger = nuclio_sdk.Logger(logging.INFO)
+        logger._logger = logging.Logger("function", logging.INFO)  # one that pytest does not know: it keeps every line
+        logger.set_handler("default", self._log, nuclio_sdk.logger.HumanReadableFormatter())
+        self.context = nuclio_sdk.Context(logger, worker_id="0")
+        self._handler = main.handler
+        self._encode = nuclio_sdk.json_encoder.Encoder().encode
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main, "BUNDLE", bundle)
+            main.init_context(self.context)
+
+    def ask(
+        self, body: bytes, content_type: str = "application/json", *, method: str = "POST", path: str = "/"
+    ) -> Reply:
+        """Answer one request."""
+        self._log.seek(0)
+        self._log.truncate()
+        message = {
+            "trigger": {"kind": "http", "name": "http"},
+            "id": "1",
+            "method": method,
+            "path": path,
+            "url": path,
+            "content_type": content_type,
+            "headers": {},
+            "fields": {},
+            "shard_id": 0,
+            "num_shards": 0,
+            "type": "",
+            "type_version": "",
+            "version": "",
+            "timestamp": 0,
+            "size": len(body),
+            "body": body,
+        }
+        event = nuclio_sdk.Event.deserialize(message, kind=nuclio_sdk.event.EventDeserializerKinds.msgpack)
+        output = nuclio_sdk.Response.from_entrypoint_output(self._encode, self._handler(self.context, event))
+        assert output["body_encoding"] == "text"
+        return Reply(output["status_code"], output["content_type"], output["body"], self._log.getvalue())
+
+
+@pytest.fixture(scope="session")
+def start_function() -> Iterator[Callable[..., Function]]:
+    """Load a bundle into the handler: `start_function(bundle, SSCLOUD_MIN_AREA="1")`."""
+    folder = str(Path(serverless.__file__).parent)
+    sys.path.insert(0, folder)  # as Nuclio does with the function's folder
+    try:
+        main = importlib.import_module("serverless.main")
+
+        def start(bundle: Path, **environment: str) -> Function:
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in environment.items():
+                    patch.setenv(name, value)
+                return Function(main, bundle)
+
+        yield start
+    finally:
+        sys.path.remove(folder)

@@ -3,8 +3,10 @@
 import base64
 import json
 import shutil
+import signal
 import struct
 import subprocess
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 from pycocotools import mask as coco
@@ -120,7 +123,7 @@ class TestGoodRequests:
         picture = make_picture()
         predicted = predictor.predict(picture)
         answer = host.post(make_body(picture, threshold=threshold))
-        expected = without_specks(predicted.label_map, predicted.confidence >= threshold)
+        expected = without_specks(predicted.label_map, predicted.confidence.at_least(threshold))
         np.testing.assert_array_equal(rebuild(answer.json(), (64, 128)), expected)
 
     @pytest.mark.parametrize("size_hw", [(64, 64), (48, 160), (33, 47)])
@@ -149,8 +152,24 @@ class TestGoodRequests:
         body = host.post(make_body(make_picture())).body
         line = host.log.splitlines()[-1]
         assert host.log.count("Answered") == before + 1
-        for part in ("'size': '128x64'", "'regions': ", "'milliseconds': ", f"'bytes': {len(body)}", "varied v3"):
+        stages = ("parse", "decode", "resize", "forward", "upsample", "regions", "answer")
+        parts = ["'size': '128x64'", "'regions': ", "'milliseconds': ", f"'bytes': {len(body)}", "varied v3"]
+        for part in parts + [f"'{stage}': " for stage in stages]:
             assert part in line
+
+    def test_metrics(self, host: Any, make_picture: Any, make_body: Any) -> None:
+        def answered() -> int:
+            return int(host.get_metrics().split('status="200"} ')[1].split()[0])
+
+        before = answered()
+        host.post(make_body(make_picture()))
+        lines = len(host.log.splitlines())
+        assert answered() == before + 1
+        assert len(host.log.splitlines()) == lines, "a scrape is no request"
+
+    def test_identical_requests_have_identical_answers(self, ask: Any, make_picture: Any, make_body: Any) -> None:
+        body = make_body(make_picture(kind="JPEG"))
+        assert len({ask(body).body for _ in range(4)}) == 1
 
 
 def picture_of_size(width: int, height: int) -> bytes:
@@ -236,12 +255,25 @@ class TestSettings:
         painted = rebuild(items, (64, 128))
         assert (painted[painted > 0] == predictor.predict(picture).label_map[painted > 0]).all()
 
+    def test_polygons_of_a_small_request(
+        self, function_folder: Path, run_host: Any, make_picture: Any, make_body: Any
+    ) -> None:
+        body = make_body(make_picture(kind="JPEG"))
+        limits = {"SSCLOUD_MAX_BYTES": str(len(body)), "SSCLOUD_MAX_PIXELS": str(64 * 128)}
+        with run_host(function_folder, SSCLOUD_SHAPES="polygon", SSCLOUD_DECODE="draft", **limits) as host:
+            items = host.post(body).json()
+            assert {item["type"] for item in items} == {"polygon"}
+            assert all(len(item["points"]) >= 6 for item in items)
+            assert "raise SSCLOUD_MAX_BYTES" in host.post(body + b" ").json()["error"]
+            assert "at most" in host.post(make_body(make_picture((65, 128), kind="JPEG"))).json()["error"]
+
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
             ("SSCLOUD_MIN_AREA", "some", "SSCLOUD_MIN_AREA is 'some'"),
             ("SSCLOUD_MAX_REGIONS", "0", "SSCLOUD_MAX_REGIONS is '0'"),
             ("SSCLOUD_DEVICE", "toaster", "The device 'toaster' cannot be used here"),
+            ("SSCLOUD_MINAREA", "5", "SSCLOUD_MINAREA is no setting of this function"),
         ],
     )
     def test_wrong_settings_stop_the_start(
@@ -285,3 +317,22 @@ def test_the_packaged_copy_of_the_core_is_what_serves(
         assert "packaged core" in host.log
         assert host.post(make_body(make_picture())).status == 200
     assert not list(folder.rglob("__pycache__"))
+
+
+def test_a_worker_that_is_told_to_end_ends_by_itself(
+    function_folder: Path, run_host: Any, make_picture: Any, make_body: Any
+) -> None:
+    body = make_body(make_picture())
+    with run_host(function_folder) as host:
+        expected = host.post(body).body
+        (worker,) = psutil.Process(host.process.pid).children()
+        worker.send_signal(signal.SIGUSR1)
+        psutil.wait_procs([worker], timeout=30)
+        deadline = time.monotonic() + 60
+        while (answer := host.post(body)).status != 200:
+            assert answer.status in (502, 503)
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert "Told to end: the worker ends" in host.log
+        assert "worker ended (status 0)" in host.log, "Nuclio takes any other status for a crash"
+        assert answer.body == expected

@@ -1,10 +1,12 @@
-"""main.py without a server: requests, settings, and what happens when the model fails."""
+"""main.py without a server: requests, and what is logged, counted and answered when the model fails."""
 
 import base64
+import functools
 import importlib
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,9 @@ import nuclio_sdk.logger
 import pytest
 
 import serverless
-from sscloud.errors import ConfigError, RequestError
+from serverless.metrics import Metrics
+from serverless.settings import Settings
+from sscloud.errors import ImageError, RequestError
 
 
 @pytest.fixture
@@ -23,77 +27,113 @@ def main(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("serverless.main")
 
 
+@pytest.fixture
+def parse(main: ModuleType) -> Callable[..., Any]:
+    return functools.partial(main.parse_request, size=0, max_bytes=1000)
+
+
 def body(**fields: Any) -> dict[str, Any]:
     return {"image": base64.b64encode(b"picture").decode(), **fields}
 
 
 class TestParseRequest:
     @pytest.mark.parametrize("convert", [lambda b: b, json.dumps, lambda b: json.dumps(b).encode()])
-    def test_parsed_text_or_bytes(self, main: ModuleType, convert: Any) -> None:
-        request = main.parse_request(convert(body(threshold=0.25)))
+    def test_parsed_text_or_bytes(self, main: ModuleType, parse: Any, convert: Any) -> None:
+        request = parse(convert(body(threshold=0.25)))
         assert request == main.Request(image=b"picture", threshold=0.25)
 
     @pytest.mark.parametrize(("value", "threshold"), [(0, 0.0), (1, 1.0), (0.5, 0.5)])
-    def test_threshold(self, main: ModuleType, value: float, threshold: float) -> None:
-        parsed = main.parse_request(body(threshold=value)).threshold
+    def test_threshold(self, parse: Any, value: float, threshold: float) -> None:
+        parsed = parse(body(threshold=value)).threshold
         assert (parsed, type(parsed)) == (threshold, float)
 
-    def test_no_threshold_means_every_region(self, main: ModuleType) -> None:
-        assert main.parse_request(body()).threshold == 0.0
+    def test_no_threshold_means_every_region(self, parse: Any) -> None:
+        assert parse(body()).threshold == 0.0
 
     @pytest.mark.parametrize(
         "image",
         ["cGlj dHVy\r\nZQ==\n", "data:image/png;base64,cGljdHVyZQ==", "data:image/svg+xml;base64,\ncGljdHVyZQ=="],
     )
-    def test_white_space_and_data_urls(self, main: ModuleType, image: str) -> None:
-        assert main.parse_request({"image": image}).image == b"picture"
+    def test_white_space_and_data_urls(self, parse: Any, image: str) -> None:
+        assert parse({"image": image}).image == b"picture"
 
-    def test_other_data_urls_are_refused(self, main: ModuleType) -> None:
+    def test_other_data_urls_are_refused(self, parse: Any) -> None:
         with pytest.raises(RequestError, match="not valid base64"):
-            main.parse_request({"image": "data:text/plain;base64,cGljdHVyZQ=="})
+            parse({"image": "data:text/plain;base64,cGljdHVyZQ=="})
 
     @pytest.mark.parametrize("image", ["cGljdHVyZQ", "cGljdHVyZQ=", "cGljdHVyZQ==AAAA", "cGlj_HVy", "=cGljdHVyZQ"])
-    def test_broken_base64(self, main: ModuleType, image: str) -> None:
+    def test_broken_base64(self, parse: Any, image: str) -> None:
         with pytest.raises(RequestError, match="not valid base64"):
-            main.parse_request({"image": image})
+            parse({"image": image})
 
-    def test_a_huge_threshold_is_no_defect(self, main: ModuleType) -> None:
+    def test_a_huge_threshold_is_no_defect(self, parse: Any) -> None:
         with pytest.raises(RequestError, match="'threshold' is 1000000"):
-            main.parse_request(body(threshold=10**400))
+            parse(body(threshold=10**400))
 
+    def test_of_a_key_that_is_there_twice_the_last_counts(self, parse: Any) -> None:
+        text = '{"image": "@", "threshold": 7, "image": "cGljdHVyZQ==", "threshold": 0.5}'
+        assert (parse(text).image, parse(text).threshold) == (b"picture", 0.5)
 
-class TestSettings:
-    def test_defaults(self, main: ModuleType) -> None:
-        assert main.Settings.from_environment({}) == main.Settings(min_area=None, max_regions=1000, device="auto")
+    def test_the_image_is_not_in_memory_twice(self, parse: Any) -> None:
+        fields = body(threshold=0.5)
+        parse(fields)
+        assert fields == {"threshold": 0.5}
 
-    def test_set(self, main: ModuleType) -> None:
-        environment = {"SSCLOUD_MIN_AREA": "7", "SSCLOUD_MAX_REGIONS": "50", "SSCLOUD_DEVICE": "cuda:1"}
-        expected = main.Settings(min_area=7, max_regions=50, device="cuda:1")
-        assert main.Settings.from_environment(environment) == expected
-
-    @pytest.mark.parametrize("value", ["0", "-1", "1.5", "many", "٣", "1" * 5000])
-    def test_no_whole_number(self, main: ModuleType, value: str) -> None:
-        with pytest.raises(ConfigError, match=r"SSCLOUD_MIN_AREA is .* Set a whole number from 1"):
-            main.Settings.from_environment({"SSCLOUD_MIN_AREA": value})
+    def test_the_size_is_looked_at_first(self, main: ModuleType) -> None:
+        with pytest.raises(RequestError, match=r"^The request has 1001 bytes; at most 1000.*SSCLOUD_MAX_BYTES"):
+            main.parse_request(b"{", size=1001, max_bytes=1000)
+        with pytest.raises(RequestError, match="is not JSON"):
+            main.parse_request(b"{", size=1000, max_bytes=1000)
 
 
 class BrokenModel:
-    """A model with a defect."""
+    """A model that fails."""
 
     manifest = type("Manifest", (), {"title": "broken v1"})
 
-    def annotate(self, image: bytes, *, threshold: float) -> None:
-        raise ZeroDivisionError("a defect")
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def annotate(self, image: bytes, **_: Any) -> None:
+        raise self._error
 
 
-def test_a_defect_is_500_and_logged_with_its_traceback(main: ModuleType) -> None:
+def ask(main: ModuleType, error: Exception, **event: Any) -> tuple[nuclio_sdk.Response, str, Metrics]:
+    """Answer a request with a model that raises; returns the response, the log and the counts."""
     log = io.StringIO()
     logger = nuclio_sdk.Logger(logging.INFO, "test_main")
     logger.set_handler("default", log, nuclio_sdk.logger.HumanReadableFormatter())
     context = nuclio_sdk.Context(logger)
-    context.user_data.model = BrokenModel()
-    response = main.handler(context, nuclio_sdk.Event(body=body()))
+    context.user_data.model = BrokenModel(error)
+    context.user_data.settings = Settings()
+    context.user_data.metrics = Metrics(worker="0", model="broken v1")
+    response = main.handler(context, nuclio_sdk.Event(**{"body": body(), **event}))
+    return response, log.getvalue(), context.user_data.metrics
+
+
+def test_a_defect_is_500_and_logged_with_its_traceback(main: ModuleType) -> None:
+    response, log, metrics = ask(main, ZeroDivisionError("a defect"))
     assert (response.status_code, response.content_type) == (500, "application/json")
     assert "ZeroDivisionError: a defect" in json.loads(response.body)["error"]
-    assert "[error] A request failed" in log.getvalue()
-    assert "in annotate" in log.getvalue(), "the traceback"
+    assert "[error] A request failed" in log
+    assert "in annotate" in log, "the traceback"
+    assert 'status="500"} 1' in metrics.text()
+
+
+def test_a_refusal_is_one_line_whatever_its_message_holds(main: ModuleType) -> None:
+    response, log, metrics = ask(main, ImageError("The image is\nbroken:\r\n\tbad bytes"), size=70)
+    assert response.status_code == 400
+    assert json.loads(response.body) == {"error": "The image is broken: bad bytes"}
+    assert log.count("\n") == 1
+    assert "Refused a request" in log
+    assert "'bytes': 70" in log
+    assert 'status="400"} 1' in metrics.text()
+
+
+def test_metrics_are_asked_by_get_on_their_own_path(main: ModuleType) -> None:
+    response, log, metrics = ask(main, ZeroDivisionError(), method="GET", path="/metrics")
+    assert (response.status_code, response.content_type) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    assert response.body.splitlines()[2:6] == metrics.text().splitlines()[2:6]
+    assert log == ""
+    for event in ({"method": "POST", "path": "/metrics"}, {"method": "GET", "path": "/"}):
+        assert ask(main, ZeroDivisionError(), **event)[0].status_code == 500, "a request like any other"

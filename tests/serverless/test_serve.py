@@ -2,16 +2,18 @@
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -27,6 +29,8 @@ def init_context(context):
         raise ValueError("init_context fails on purpose")
     if os.environ.get("FAIL") == "exit":
         os._exit(9)
+    context.platform.set_termination_callback(lambda: context.logger.info("termination callback"))
+    context.platform.set_drain_callback(lambda: context.logger.info("drain callback"))
     context.logger.info("started")
 
 def handler(context, event):
@@ -57,6 +61,8 @@ def handler(context, event):
             "header": event.get_header("x-own"),
             "nuclio_headers": [name for name in event.headers if name.lower().startswith("x-nuclio")],
             "trigger": event.trigger.name,
+            "worker": context.worker_id,
+            "process": os.getpid(),
             "setting": os.environ.get("SETTING"),
         }
     )
@@ -71,7 +77,9 @@ def make_function(folder: Path, code: str = FUNCTION, **changes: Any) -> Path:
     trigger = data["spec"]["triggers"]["myHttpTrigger"]
     for key, value in changes.items():
         place = {"maxRequestBodySize": trigger["attributes"], "port": trigger["attributes"]}.get(key)
-        place = trigger if key == "workerAvailabilityTimeoutMilliseconds" else data["spec"] if place is None else place
+        if key in ("workerAvailabilityTimeoutMilliseconds", "numWorkers"):
+            place = trigger
+        place = data["spec"] if place is None else place
         place[key] = value
     (folder / "function.yaml").write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
     (folder / "main.py").write_text(code, encoding="utf-8")
@@ -99,11 +107,21 @@ def wish(do: str, **more: Any) -> bytes:
     return json.dumps({"do": do, **more}).encode()
 
 
-def wait_until_ready(host: Any) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while host.post(b"{}").status != 200:
-        assert time.monotonic() < deadline, host.log
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_until_ready(host: Any) -> None:
+    wait_for(lambda: host.post(b"{}").status == 200)
+
+
+def worker_of(host: Any) -> int:
+    """The process id of the host's only worker."""
+    (worker,) = psutil.Process(host.process.pid).children()
+    return int(worker.pid)
 
 
 class TestEvents:
@@ -193,7 +211,120 @@ class TestTrouble:
             answer = host.post(b"{}")
             first.join()
         assert answer.status == 503
-        assert "was busy for 0.05 s" in answer.json()["error"]
+        assert "workers were busy for 0.05 s" in answer.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, run_host: Any) -> Iterator[Any]:
+    """A host whose worker is told things."""
+    with run_host(make_function(tmp_path_factory.mktemp("functions") / "told", eventTimeout="4s")) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, run_host: Any) -> Iterator[Any]:
+    with run_host(make_function(tmp_path_factory.mktemp("functions") / "pair", numWorkers=2)) as host:
+        yield host
+
+
+class TestSignals:
+    """Who is told to end finishes what it has begun."""
+
+    @staticmethod
+    def start(host: Any, seconds: float) -> Future[Any]:
+        """A request that is being worked on when this returns."""
+        before = host.log.count("the function prints")
+        future = ThreadPoolExecutor(1).submit(host.post, wish("sleep", seconds=seconds))
+        wait_for(lambda: host.log.count("the function prints") > before)
+        return future
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_the_host_answers_what_it_has(self, tmp_path: Path, run_host: Any, number: signal.Signals) -> None:
+        with run_host(make_function(tmp_path / "function")) as host:
+            running = self.start(host, 1.5)
+            waiting = ThreadPoolExecutor(1).submit(host.post, wish("sleep", seconds=0))
+            time.sleep(0.3)
+            host.process.send_signal(number)
+            time.sleep(0.5)
+            with pytest.raises(OSError, match=r"\w"):
+                host.post(b"{}")  # nothing new is taken
+            assert host.process.wait(20) == 0
+            assert (running.result().status, running.result().body) == (200, b"awake")
+            assert waiting.result().status == 200, "it had come before"
+            assert "Traceback" not in host.log
+
+    def test_a_second_ctrl_c_does_not_wait(self, tmp_path: Path, run_host: Any) -> None:
+        with run_host(make_function(tmp_path / "function")) as host:
+            self.start(host, 60)
+            host.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert host.process.poll() is None
+            host.process.send_signal(signal.SIGINT)
+            host.process.wait(15)
+
+    def test_it_waits_no_longer_than_the_function_may_work(self, tmp_path: Path, run_host: Any) -> None:
+        with run_host(make_function(tmp_path / "function", eventTimeout="2s")) as host:
+            running = self.start(host, 60)
+            host.process.send_signal(signal.SIGTERM)
+            host.process.wait(15)
+            assert running.result().status == 408
+
+    def test_signals_to_everybody_do_not_end_the_worker(self, told: Any) -> None:
+        """Ctrl-C reaches the whole terminal, and service managers tell every process of a service to end."""
+        worker = worker_of(told)
+        running = self.start(told, 1)
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM)
+        assert running.result().status == 200
+        assert told.post(b"{}").json()["process"] == worker
+
+    def test_drain_is_obeyed_after_the_running_request(self, told: Any) -> None:
+        worker = worker_of(told)
+        running = self.start(told, 1)
+        os.kill(worker, signal.SIGUSR2)
+        time.sleep(0.3)
+        assert "drain callback" not in told.log
+        assert running.result().status == 200
+        wait_for(lambda: "drain callback" in told.log)
+        os.kill(worker, signal.SIGUSR2)
+        os.kill(worker, signal.SIGCONT)
+        assert told.post(b"{}").json()["process"] == worker
+        assert told.log.count("drain callback") == 1, "a drained worker is not drained again"
+
+    def test_termination_is_obeyed_after_the_running_request(self, told: Any) -> None:
+        running = self.start(told, 1)
+        os.kill(worker_of(told), signal.SIGUSR1)
+        time.sleep(0.3)
+        assert "termination callback" not in told.log
+        assert running.result().status == 200
+        wait_for(lambda: "termination callback" in told.log)
+        assert told.post(b"{}").status == 408, "as with Nuclio, nobody answers any more"
+        wait_until_ready(told)
+
+
+class TestWorkers:
+    def test_they_work_at_the_same_time(self, pair: Any) -> None:
+        started = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: pair.post(wish("sleep", seconds=1)), range(4)))
+        assert [answer.status for answer in answers] == [200] * 4
+        assert time.monotonic() - started < 3.5, "four seconds for one worker"
+
+    def test_each_has_its_number(self, pair: Any) -> None:
+        seen = [pair.post(b"{}").json() for _ in range(4)]
+        assert [one["worker"] for one in seen] in (["0", "1"] * 2, ["1", "0"] * 2)
+        assert len({one["process"] for one in seen}) == 2
+
+    def test_one_serves_while_the_other_is_started(self, pair: Any) -> None:
+        assert pair.post(wish("die")).status == 502
+        assert [pair.post(b"{}").status for _ in range(6)] == [200] * 6
+        assert pair.get("/api/functions").json()["sscloud-model"]["status"]["state"] == "ready"
+        wait_for(lambda: len({pair.post(b"{}").json()["process"] for _ in range(2)}) == 2)
+
+    @pytest.mark.parametrize("number", [0, -1, "many"])
+    def test_a_function_without_workers(self, tmp_path: Path, number: Any) -> None:
+        with pytest.raises(ConfigError, match="no function that CVAT can use: ValueError"):
+            read_function(make_function(tmp_path / "function", numWorkers=number))
 
 
 class TestBodyLimit:

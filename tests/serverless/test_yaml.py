@@ -37,6 +37,7 @@ DOCUMENTED = {
                 "kind": STRING,
                 "numWorkers": INTEGER,
                 "workerAvailabilityTimeoutMilliseconds": INTEGER,
+                "workerTerminationTimeout": STRING,
                 "attributes": {"port": INTEGER, "maxRequestBodySize": INTEGER},
             }
         },
@@ -125,6 +126,7 @@ def test_limits(config: dict[str, Any]) -> None:
     assert parse_duration(spec["eventTimeout"]) >= 120, "CVAT waits for 120 s"
     assert http["kind"] == "http"
     assert http["numWorkers"] == 1
+    assert http["workerTerminationTimeout"] == spec["eventTimeout"], "a running request is finished"
     assert http["attributes"]["maxRequestBodySize"] >= 4 / 3 * 8192 * 4096 * 2, "a PNG of 2 bytes a pixel, in base64"
     assert spec["platform"]["attributes"] == {
         "restartPolicy": {"name": "always", "maximumRetryCount": 3},
@@ -148,6 +150,7 @@ def test_dependencies_are_pinned(config: dict[str, Any]) -> None:
         "opencv-python-headless",
         "safetensors",
         "pyyaml",
+        "simplejpeg",
     }
 
 
