@@ -9,7 +9,7 @@ divides the width). At widths that a pooling does not divide, it completes its l
 way up that surplus column is cut again. Without `wrap`, everything is as in milesial's network.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from sscloud.architecture import Architecture, Upsampling
 from sscloud.errors import BundleError
 
 _STRIP_ROWS = 64
-"""Rows of the last level that are computed at once without gradients; even."""
+"""Rows of a level on the way up that are computed at once without gradients; even."""
 
 
 class UNet(nn.Module):
@@ -62,23 +62,7 @@ class UNet(nn.Module):
         x = self.up1(x5, x4, wrap=around)
         x = self.up2(x, x3, wrap=around)
         x = self.up3(x, x2, wrap=around)
-        if torch.is_grad_enabled() or self.architecture.upsampling != "transposed":
-            logits: Tensor = self.outc(self.up4(x, x1, wrap=around))
-            return logits
-        return self._last_level(x, x1, wrap=around)
-
-    def _last_level(self, below: Tensor, skip: Tensor, *, wrap: bool) -> Tensor:
-        """The level that takes most of the memory, in strips of rows; to the same logits.
-
-        Two convolutions look two rows further, and a transposed one doubles each row by itself.
-        """
-        height = skip.shape[2]
-        strips = []
-        for top in range(0, height, _STRIP_ROWS):
-            first, last = max(0, top - 2), min(height, top + _STRIP_ROWS + 2)
-            part = self.up4(below[:, :, first // 2 : last // 2], skip[:, :, first:last], wrap=wrap)
-            strips.append(self.outc(part[:, :, top - first : top - first + _STRIP_ROWS]))
-        return torch.cat(strips, dim=2)
+        return _stacked([self.outc(strip) for strip in self.up4.strips(x, x1, wrap=around)])
 
 
 class _DoubleConv(nn.Module):
@@ -130,6 +114,24 @@ class _Up(nn.Module):
             self.conv = _DoubleConv(in_channels, out_channels, in_channels // 2)
 
     def forward(self, below: Tensor, skip: Tensor, *, wrap: bool) -> Tensor:
+        return _stacked(list(self.strips(below, skip, wrap=wrap)))
+
+    def strips(self, below: Tensor, skip: Tensor, *, wrap: bool) -> Iterator[Tensor]:
+        """The level's output, without gradients in strips of rows: joined inputs take most of a network's memory.
+
+        Two convolutions look two rows further, and a transposed one doubles each row by itself, so the values are the
+        same.
+        """
+        height = skip.shape[2]
+        if torch.is_grad_enabled() or self.upsampling != "transposed":
+            yield self._whole(below, skip, wrap=wrap)
+            return
+        for top in range(0, height, _STRIP_ROWS):
+            first, last = max(0, top - 2), min(height, top + _STRIP_ROWS + 2)
+            part = self._whole(below[:, :, first // 2 : last // 2], skip[:, :, first:last], wrap=wrap)
+            yield part[:, :, top - first : top - first + _STRIP_ROWS]
+
+    def _whole(self, below: Tensor, skip: Tensor, *, wrap: bool) -> Tensor:
         if wrap and self.upsampling != "transposed":
             x = self.up(_wrapped(below, 1))[..., 2:-2]
         else:
@@ -153,6 +155,10 @@ class _OutConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
         return y
+
+
+def _stacked(strips: list[Tensor]) -> Tensor:
+    return strips[0] if len(strips) == 1 else torch.cat(strips, dim=2)
 
 
 def _convolved_around(x: Tensor, layer: nn.Conv2d) -> Tensor:
