@@ -84,23 +84,32 @@ def handler(context: nuclio_sdk.Context, event: nuclio_sdk.Event) -> nuclio_sdk.
         return context.Response(body=metrics.text(), headers={}, content_type=CONTENT_TYPE, status_code=200)
     stages = Stages()
     size = _size(event)
+
+    def facts() -> dict[str, Any]:
+        """What every line says."""
+        return {
+            "request_bytes": size,
+            "milliseconds": _milliseconds_since(started),
+            "stages": {stage: round(spent, 1) for stage, spent in stages.milliseconds.items()},
+            "model": model.manifest.title,
+        }
+
     try:
         with stages("parse"):
             request = parse_request(event.body, size=size, max_bytes=data.settings.max_bytes)
         answer = model.annotate(request.image, threshold=request.threshold, stages=stages)
     except (RequestError, ImageError) as error:
         message, status = " ".join(str(error).split()), 400  # one line, whatever a library's message holds
-        context.logger.warn_with("Refused a request", error=message, bytes=size, model=model.manifest.title)
+        context.logger.warn_with("Refused a request", error=message, **facts())
     except Exception as error:  # the worker lives on, whatever happens to one image
-        context.logger.error_with("A request failed", error=repr(error), traceback=traceback.format_exc())
+        context.logger.error_with("A request failed", error=repr(error), traceback=traceback.format_exc(), **facts())
         message = f"{type(error).__name__}: {error}. This is a defect or a lack of memory; see the function's log."
         status = 500
     else:
         height, width = answer.size_hw
-        milliseconds = _milliseconds_since(started)
         metrics.add(
             200,
-            milliseconds=milliseconds,
+            milliseconds=_milliseconds_since(started),
             stages=stages.milliseconds,
             request_bytes=size,
             answer_bytes=len(answer.body),
@@ -111,10 +120,8 @@ def handler(context: nuclio_sdk.Context, event: nuclio_sdk.Event) -> nuclio_sdk.
             "Answered",
             size=f"{width}x{height}",
             regions=answer.regions,
-            milliseconds=milliseconds,
-            stages={stage: round(spent, 1) for stage, spent in stages.milliseconds.items()},
-            bytes=len(answer.body),
-            model=model.manifest.title,
+            answer_bytes=len(answer.body),
+            **facts(),
             **answer.notes,
         )
         return _response(context, 200, answer.body)

@@ -1,5 +1,6 @@
 """ModelHandler: owns the bundle and the predictor, and makes the answer that CVAT reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from sscloud.stages import Stages
 
 if TYPE_CHECKING:
     from serverless.settings import Settings
+
+
+MAX_POINTS = 2_000_000
+"""Numbers in the outlines of all masks of one answer: a tenth of what the default budget spends on their pixels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +94,18 @@ class ModelHandler:
         with stages("answer"):
             regions = sorted([*fit.masks, *fit.polygons], key=lambda region: -region.area)
             polygons = {id(region) for region in (regions if settings.shapes == "polygon" else fit.polygons)}
-            points = points_json(outlines(regions, size_hw, tolerance=settings.tolerance))
+            rings = outlines(regions, size_hw, tolerance=settings.tolerance)
+            points = points_json(rings)
+            bare = _too_ragged([ring.size for ring in rings], may=[id(region) not in polygons for region in regions])
             body = answer_json(
                 [
                     Drawing(
                         region=region,
                         label=self._names[region.label_id],
-                        points=text,
+                        points="" if number in bare else text,
                         as_polygon=id(region) in polygons,
                     )
-                    for region, text in zip(regions, points, strict=True)
+                    for number, (region, text) in enumerate(zip(regions, points, strict=True))
                 ],
                 model=self.manifest.title,
             )
@@ -107,6 +114,7 @@ class ModelHandler:
             "regions_beyond_limit_left_out": found.surplus,
             "regions_split": fit.splits,
             "masks_as_polygons": len(fit.polygons) if settings.shapes == "mask" else 0,
+            "masks_without_outline": len(bare),
         }
         return Answer(
             body=body,
@@ -114,3 +122,21 @@ class ModelHandler:
             regions=len(regions),
             notes={name: count for name, count in notes.items() if count},
         )
+
+
+def _too_ragged(sizes: Sequence[int], *, may: Sequence[bool]) -> set[int]:
+    """Masks that go without an outline, the longest ones first, so that the others keep to `MAX_POINTS`.
+
+    Args:
+        sizes: numbers in each outline.
+        may: whether that object may go without.
+    """
+    left = sum(sizes)
+    chosen = set()
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        if left <= MAX_POINTS:
+            break
+        if may[number]:
+            chosen.add(number)
+            left -= sizes[number]
+    return chosen

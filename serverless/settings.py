@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from sscloud.errors import ConfigError
 from sscloud.image import MAX_PIXELS, MOST_PIXELS
+from sscloud.inference import Backend, Precision
 from sscloud.regions import MAX_REGIONS
 
 PREFIX = "SSCLOUD_"
@@ -14,8 +15,6 @@ PREFIX = "SSCLOUD_"
 
 Shapes = Literal["mask", "polygon"]
 Decode = Literal["full", "draft"]
-Backend = Literal["torch", "openvino"]
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 _NUMBER = re.compile(r"\d{1,9}(\.\d{0,9})?", re.ASCII)
 

@@ -84,7 +84,7 @@ class TorchForward:
             tiles = self._plan(image, self._max_pixels, wrap=wrap)
             try:
                 logits = _run(self._model, image, tiles, wrap=wrap)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
                 if tiles == self._plan(image, 1, wrap=wrap):
@@ -195,6 +195,14 @@ def _cpu_multiplies_bf16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # PyTorch's allocator for the CPU has no type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # PyTorch's allocator for the CPU
+    "out of memory",  # the CUDA driver, pinned memory
+    "ALLOC_FAILED",  # cuBLAS and cuDNN
+    "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
+)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(part.lower() in text for part in _OUT_OF_MEMORY)

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,9 @@ MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
 
 MAX_SCANS = 100
 """Most scans of a JPEG that is decoded: a progressive one has some ten, and each costs time whatever it holds."""
+
+_FEW_SCANS, _SCANNED_PIXELS = 12, 1_600_000_000
+"""Scans that a picture of any size may have; pixels of all scans together above that."""
 
 RESAMPLE_VERSION = 2
 """Counts changes of what `resize_image` does, so that nothing scaled by an older rule is taken for current."""
@@ -83,12 +87,12 @@ def decode_image(
 
     Raises:
         ImageError: no picture, a format not in `FORMATS`, broken or truncated, more than `max_pixels`, or a JPEG of
-            more than `MAX_SCANS` scans.
+            more than `MAX_SCANS` scans (fewer where it is large).
     """
     with _open(io.BytesIO(data), max_pixels) as image:
         try:
             if image.format in ("JPEG", "MPO"):
-                _check_scans(data)
+                _check_scans(data, image.width * image.height)
                 pixels = _decode_jpeg(data, image, least_hw)
                 if pixels is not None:
                     return pixels
@@ -235,12 +239,13 @@ def resize_label_map(label_map: NDArray[np.uint8], size_hw: tuple[int, int]) -> 
 
 
 def _resize_bicubic(image: NDArray[np.uint8], size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    try:
-        import torch
-        from torch.nn import functional as F
-    except ImportError:  # as in a function's image that runs its network by OpenVINO
+    # What trains or runs a network with PyTorch has it loaded; a function that runs it by OpenVINO must not load it.
+    if sys.modules.get("torch") is None:
         return np.array(Image.fromarray(image).resize(size_hw[::-1], Image.Resampling.BICUBIC))
-    # torch has Pillow's filter for bytes with vector instructions: ten times faster.
+    import torch
+    from torch.nn import functional as F
+
+    # It has Pillow's filter for bytes with vector instructions: ten times faster.
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     scaled = F.interpolate(pixels, size=size_hw, mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).contiguous().numpy()
@@ -315,9 +320,10 @@ def _decode_jpeg(data: bytes, image: Image.Image, least_hw: tuple[int, int] | No
     return _upright(pixels, orientation)
 
 
-def _check_scans(data: bytes) -> None:
-    """Raise ImageError for a JPEG of more than `MAX_SCANS` scans: kilobytes of them take minutes."""
-    if data.count(_SCAN) <= MAX_SCANS:  # as in every ordinary file; the rest may be metadata or what follows the end
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Raise ImageError for a JPEG of too many scans for its pixels: kilobytes of them take minutes."""
+    most = min(MAX_SCANS, max(_FEW_SCANS, _SCANNED_PIXELS // pixels))
+    if data.count(_SCAN) <= most:  # as in every ordinary file; the rest may be metadata or what follows the end
         return
     position = scans = 0
     while found := _MARKER.search(data, position):
@@ -327,9 +333,9 @@ def _check_scans(data: bytes) -> None:
         if code not in _BARE_MARKERS:
             position += int.from_bytes(data[position : position + 2], "big")
         scans += code == _SCAN[1]
-        if scans > MAX_SCANS:
+        if scans > most:
             raise ImageError(
-                f"The image is a JPEG of more than {MAX_SCANS} scans, which nobody needs and which take too long. "
+                f"The image is a JPEG of more than {most} scans, which nobody needs and which take too long. "
                 "Save it again."
             )
 

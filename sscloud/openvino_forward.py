@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import openvino as ov
 from numpy.typing import NDArray
+from openvino import opset13 as ops
 from safetensors import SafetensorError, safe_open
 
 from sscloud.architecture import Architecture, Upsampling
@@ -24,12 +26,6 @@ from sscloud.errors import BundleError, ConfigError
 from sscloud.files import atomic_write
 from sscloud.inference import Precision
 from sscloud.tiles import MAX_BYTES, pixels_within, plan_tiles, run_in_tiles
-
-try:
-    import openvino as ov
-    from openvino import opset13 as ops
-except ModuleNotFoundError as error:
-    raise ConfigError("The package openvino is not installed. Install it: pip install 'sscloud[openvino]'.") from error
 
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16", "int8")
 """Those that can be had here."""

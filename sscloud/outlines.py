@@ -13,6 +13,7 @@ of their points until they do not: no region is ever lost, turned inside out or 
 Everything works on the regions' runs, for all regions at once; no array ever has the size of the image.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 
 from sscloud.regions import Region
 
-MOST_SIMPLIFIED = 500_000
-"""Corners; outlines with more of them together stay exact: they are noise, of which simplifying leaves as much."""
+log = logging.getLogger(__name__)
+
+MOST_SIMPLIFIED = 1_000_000
+"""Corners of all outlines together that are simplified; more of them stay exact, which bounds the time to seconds."""
 
 _CELL = 16
 """Pixels; chords are looked for near each other in squares of this size."""
@@ -75,6 +78,8 @@ def outlines(regions: Sequence[Region], size_hw: tuple[int, int], *, tolerance: 
     corners = _corners(grid)
     rings = _rings(corners, len(regions))
     bridges = _bridges(grid, corners, rings)
+    if tolerance > 0 and len(corners.x) > MOST_SIMPLIFIED:
+        log.warning("Outlines of %d corners are left exact; at most %d are simplified", len(corners.x), MOST_SIMPLIFIED)
     if tolerance == 0 or len(corners.x) > MOST_SIMPLIFIED:
         path = _path(grid, corners, rings, bridges, None)
         kept = None

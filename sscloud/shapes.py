@@ -32,7 +32,7 @@ class Drawing:
     label: str
     """Label name."""
     points: str
-    """Outline as JSON without its brackets: `x,y,x,y`, …"""
+    """Outline as JSON without its brackets: `x,y,x,y`, …; empty: a mask without one."""
     as_polygon: bool
     """A polygon; otherwise a mask with its outline."""
 
@@ -96,7 +96,8 @@ def _around_mask(drawing: Drawing, *, model: str) -> tuple[bytes, bytes]:
     label, values = json.dumps(drawing.label), json.dumps(attributes, separators=(",", ":"))
     kind = "polygon" if drawing.as_polygon else "mask"
     head = f'{{"label":{label},"type":"{kind}",'
-    tail = f'"points":[{drawing.points}],"confidence":"{confidence}","attributes":{values}}}'
+    outline = f'"points":[{drawing.points}],' if drawing.points else ""
+    tail = f'{outline}"confidence":"{confidence}","attributes":{values}}}'
     if drawing.as_polygon:
         return (head + tail).encode("ascii"), b""
     return (head + '"mask":[').encode("ascii"), f"{left},{top},{right - 1},{bottom - 1}],{tail}".encode("ascii")

@@ -91,8 +91,7 @@ def class_map(logits: NDArray[np.float32], size_hw: tuple[int, int], *, wrap: bo
     It takes one thread: more would gain little, and on a busy machine waiting for each other costs many times that.
 
     Args:
-        logits: (C, h, w), C at most 256, in any layout. What is NaN is the best nowhere, and cells near it may get
-            channel 0.
+        logits: (C, h, w), C at most 256, in any layout. Near a NaN any channel may come out, and no error.
         size_hw: full size.
         wrap: the columns close to a full turn.
 

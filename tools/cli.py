@@ -136,6 +136,7 @@ _EXTRA_OF = {
     "pycocotools": "archives",
     "defusedxml": "archives",
     "cvat_sdk": "cvat",
+    "openvino": "openvino",
 }
 
 

@@ -454,7 +454,7 @@ def ask(port: int, body: bytes, *, within: float, host: str = HOST) -> bytes:
 
 
 def check_reply(reply: bytes, *, labels: Collection[str], size_hw: tuple[int, int]) -> int:
-    """Check that an answer is what CVAT takes for masks.
+    """Check that an answer is what CVAT takes: masks, and polygons where the function is set to send them.
 
     Args:
         reply: the body.
@@ -467,7 +467,7 @@ def check_reply(reply: bytes, *, labels: Collection[str], size_hw: tuple[int, in
     Raises:
         DeployError: it is not.
     """
-    expected = "CVAT expects a JSON list of masks with labels of the function's spec"
+    expected = "CVAT expects a JSON list of masks and polygons with labels of the function's spec"
     try:
         items = json.loads(reply)
     except (ValueError, RecursionError) as error:
@@ -487,8 +487,10 @@ def _wrong_item(item: Any, *, labels: Collection[str], size_hw: tuple[int, int])
         return f"is a {type(item).__name__}"
     if item.get("label") not in labels:
         return f"has the label {item.get('label')!r}, which is none of {', '.join(labels)}"
+    if item.get("type") == "polygon":
+        return _wrong_polygon(item.get("points"), size_hw=size_hw)
     if item.get("type") != "mask":
-        return f"is of type {item.get('type')!r}, not 'mask'"
+        return f"is of type {item.get('type')!r}, neither 'mask' nor 'polygon'"
     mask = item.get("mask")
     if not isinstance(mask, list) or len(mask) < 5 or not all(type(value) is int for value in mask):
         return "has no mask of whole numbers"
@@ -498,6 +500,15 @@ def _wrong_item(item: Any, *, labels: Collection[str], size_hw: tuple[int, int])
     if len(mask) - 4 != (right - left + 1) * (bottom - top + 1) or not set(mask[:-4]) <= {0, 1}:
         return "has a mask whose pixels do not fill its box with 0 and 1"
     return ""
+
+
+def _wrong_polygon(points: Any, *, size_hw: tuple[int, int]) -> str:
+    numbers = isinstance(points, list) and all(type(value) in (int, float) for value in points)
+    if not numbers or len(points) < 6 or len(points) % 2:
+        return "has no points: an even number of numbers, at least 6"
+    height, width = size_hw
+    inside = all(0 <= x <= width for x in points[0::2]) and all(0 <= y <= height for y in points[1::2])
+    return "" if inside else "has points outside the picture"
 
 
 class Nuctl:

@@ -55,7 +55,10 @@ class Detector:
         self._predictor = Predictor(bundle, device=device)
 
     def settings(self, *, threshold: float) -> str:
-        """What decides, beside the image, which regions are found: the weights and the limits."""
+        """What decides, beside the image, which regions are found: the weights and the limits.
+
+        The precision is none of it: what it moves, a pixel in thousands, is not worth drawing a frame again.
+        """
         return (
             f"weights {self.manifest.weights_sha256[:16]}, threshold {threshold:g}, min area {self._min_area}, "
             f"at most {self._max_regions}"

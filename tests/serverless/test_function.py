@@ -153,7 +153,7 @@ class TestGoodRequests:
         line = host.log.splitlines()[-1]
         assert host.log.count("Answered") == before + 1
         stages = ("parse", "decode", "resize", "forward", "upsample", "regions", "answer")
-        parts = ["'size': '128x64'", "'regions': ", "'milliseconds': ", f"'bytes': {len(body)}", "varied v3"]
+        parts = ["'size': '128x64'", "'regions': ", "'milliseconds': ", f"'answer_bytes': {len(body)}", "varied v3"]
         for part in parts + [f"'{stage}': " for stage in stages]:
             assert part in line
 

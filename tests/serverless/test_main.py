@@ -126,7 +126,7 @@ def test_a_refusal_is_one_line_whatever_its_message_holds(main: ModuleType) -> N
     assert json.loads(response.body) == {"error": "The image is broken: bad bytes"}
     assert log.count("\n") == 1
     assert "Refused a request" in log
-    assert "'bytes': 70" in log
+    assert "'request_bytes': 70" in log
     assert 'status="400"} 1' in metrics.text()
 
 

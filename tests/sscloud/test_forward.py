@@ -19,6 +19,17 @@ from sscloud.unet import UNet
 
 CPU = torch.device("cpu")
 
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("Unable to find an engine to execute this computation"),
+]
+
 MakeBundle = Callable[[Architecture], ModelBundle]
 
 
@@ -140,7 +151,7 @@ class TestOutOfMemory:
             make_bundle(Architecture(classes=6, base_width=2, wrap=False)), device=CPU, precision="fp32"
         )
 
-    @pytest.fixture(params=[torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("you can't allocate memory")])
+    @pytest.fixture(params=ERRORS, ids=str)
     def full(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         """Makes the network fail on inputs above so many pixels, as a device of that memory would."""
         plain = UNet.forward

@@ -264,6 +264,19 @@ class TestJpeg:
             with pytest.raises(ImageError, match=r"^The image is a JPEG of more than 100 scans.*Save it again\.$"):
                 decode_image(most[:-2] + more)
 
+    def test_large_pictures_have_fewer_scans(
+        self, make_panorama: MakePanorama, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = panorama_jpeg(make_panorama, progressive=True)
+        last = data.rindex(b"\xff\xda")
+        scans, scan = data.count(b"\xff\xda"), data[last:-2]
+        monkeypatch.setattr("sscloud.image._SCANNED_PIXELS", 97 * 203 * 20)
+        assert decode_image(data[:-2] + scan * (20 - scans) + data[-2:]).shape == (97, 203, 3)
+        with pytest.raises(ImageError, match="more than 20 scans"):
+            decode_image(data[:-2] + scan * (21 - scans) + data[-2:])
+        monkeypatch.setattr("sscloud.image._SCANNED_PIXELS", 1)
+        assert decode_image(data).shape == (97, 203, 3)
+
     def test_a_frame_of_another_size_than_the_header_says(self, make_panorama: MakePanorama) -> None:
         """Of two frame headers Pillow and libjpeg may read different ones: the smaller one must not pass the bound."""
         data = panorama_jpeg(make_panorama)

@@ -422,8 +422,8 @@ class TestKubernetes:
         assert "--triggers" not in machine.deployments()[0]
 
     def test_a_wrong_answer(self, machine: Machine, light: Callable[..., Path]) -> None:
-        answer = [{**GROUND[0], "type": "polygon"}]
-        with pytest.raises(DeployError, match=r"is of type 'polygon'(?s:.*)kubectl logs -n nuclio"):
+        answer = [{**GROUND[0], "type": "tag"}]
+        with pytest.raises(DeployError, match=r"is of type 'tag'(?s:.*)kubectl logs -n nuclio"):
             machine.deploy(light(answer=answer), platform="kube")
 
     def test_needs_a_registry(self, packaged: Path) -> None:
@@ -444,6 +444,26 @@ class TestReply:
         item = {"label": "Земля", "type": "mask", "mask": [1, 0, 1, 1, 18, 8, 19, 9]}
         assert self.check([item, item]) == 2
         assert self.check([]) == 0
+        assert self.check([{"label": "Земля", "type": "polygon", "points": [0, 0, 20, 0, 20.0, 10]}]) == 1
+
+    @pytest.mark.parametrize(
+        ("points", "message"),
+        [
+            (None, "no points: an even number of numbers, at least 6"),
+            ([0, 0, 5, 0], "no points"),
+            ([0, 0, 5, 0, 5, 5, 1], "no points"),
+            ([0, 0, 5, 0, 5, "5"], "no points"),
+            ([0, 0, 5, 0, 5, 11], "points outside the picture"),
+            ([0, 0, 5, 0, float("nan"), 5], "points outside the picture"),
+        ],
+    )
+    def test_wrong_polygons(self, points: Any, message: str) -> None:
+        with pytest.raises(DeployError, match=f"Item 0 of the function's answer has {message}"):
+            self.check([{"label": "Земля", "type": "polygon", "points": points}])
+
+    def test_another_type(self) -> None:
+        with pytest.raises(DeployError, match="is of type 'tag', neither 'mask' nor 'polygon'"):
+            self.check([{"label": "Земля", "type": "tag"}])
 
     @pytest.mark.parametrize(
         ("mask", "message"),

@@ -68,3 +68,4 @@ def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Seque
             except ImageError as error:
                 raise ImageError(f"{image}: {error}") from error
             write_label_map(output, segmentation.label_map)
+            del pixels, segmentation  # before the next one is waited for
