@@ -67,6 +67,7 @@ def init_context(context: nuclio_sdk.Context) -> None:
         "The model is ready",
         model=model.manifest.title,
         runs_on=model.describe(),
+        settings=settings.given(),
         milliseconds=_milliseconds_since(started),
     )
 

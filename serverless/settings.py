@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from sscloud.errors import ConfigError
@@ -15,6 +15,9 @@ PREFIX = "SSCLOUD_"
 
 Shapes = Literal["mask", "polygon"]
 Decode = Literal["full", "draft"]
+
+_MOST_BUDGET = 1000
+"""Millions; more is meant as pixels."""
 
 _NUMBER = re.compile(r"\d{1,9}(\.\d{0,9})?", re.ASCII)
 
@@ -46,6 +49,14 @@ class Settings:
     backend: Backend = "torch"
     """SSCLOUD_BACKEND: what runs the network. Packaging sets it."""
 
+    def given(self) -> dict[str, Any]:
+        """What differs from what holds when nothing is set, for a log."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """Read the settings; an empty value is one that is not set.
@@ -53,16 +64,16 @@ class Settings:
         Raises:
             ConfigError: a value that does not fit, or a name that begins as a setting's and is none.
         """
-        fields = {PREFIX + name.upper(): name for name in cls.__slots__}
+        names = {PREFIX + name.upper(): name for name in cls.__slots__}
         given = {name: text for name, text in environment.items() if name.startswith(PREFIX)}
-        for name in sorted(given.keys() - fields.keys()):
-            raise ConfigError(f"{name} is no setting of this function. The settings are {', '.join(sorted(fields))}.")
+        for name in sorted(given.keys() - names.keys()):
+            raise ConfigError(f"{name} is no setting of this function. The settings are {', '.join(sorted(names))}.")
         readers: dict[str, Callable[[str, str], Any]] = {
             "min_area": _whole_number,
             "max_regions": _whole_number,
             "shapes": lambda name, text: _choice(name, text, get_args(Shapes)),
             "tolerance": _number,
-            "budget": lambda name, text: max(1, round(_number(name, text, above_zero=True) * 1e6)),
+            "budget": lambda name, text: _budget(name, text),
             "max_pixels": lambda name, text: _whole_number(name, text, most=MOST_PIXELS),
             "max_bytes": _whole_number,
             "device": lambda _, text: text,  # checked by whoever looks for it
@@ -70,13 +81,22 @@ class Settings:
             "decode": lambda name, text: _choice(name, text, get_args(Decode)),
             "backend": lambda name, text: _choice(name, text, get_args(Backend)),
         }
-        return cls(**{fields[name]: readers[fields[name]](name, text) for name, text in given.items() if text})
+        return cls(**{names[name]: readers[names[name]](name, text) for name, text in given.items() if text})
 
 
 def _whole_number(name: str, text: str, *, most: int = 10**9 - 1) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
         raise ConfigError(f"{name} is {text[:40]!r}. Set a whole number from 1 to {most}, or leave it out.")
     return int(text)
+
+
+def _budget(name: str, text: str) -> int:
+    millions = _number(name, text, above_zero=True)
+    if millions > _MOST_BUDGET:
+        raise ConfigError(
+            f"{name} is {text[:40]!r}. It is in millions of pixels: set a number up to {_MOST_BUDGET}, such as 20."
+        )
+    return max(1, round(millions * 1e6))
 
 
 def _number(name: str, text: str, *, above_zero: bool = False) -> float:

@@ -151,16 +151,17 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"The device {name!r} cannot be used here. Choose auto, cpu, or cuda (cuda:1 for a second GPU)."
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"The device {name!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Use --device cpu or "
-            "auto."
+            f"The device {name!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. Choose cpu or auto."
         ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"Devices of type {device.type!r} are not supported, only cpu and cuda. Use --device auto.")
     return device
 
 
@@ -178,7 +179,13 @@ def find_dtype(device: torch.device, precision: str) -> torch.dtype:
     if device.type == "cpu":
         del types["fp16"]
     if precision not in types:
-        raise ConfigError(f"The precision {precision!r} is none of {device.type}'s: choose one of {', '.join(types)}.")
+        hint = {
+            "fp16": " fp16 is for GPUs.",
+            "int8": " int8 needs a function made with `sscloud package --backend openvino --calibrate IMAGE…`.",
+        }.get(precision, "")
+        raise ConfigError(
+            f"The precision {precision!r} is none of {device.type}'s: choose one of {', '.join(types)}.{hint}"
+        )
     return types[precision]
 
 

@@ -385,8 +385,8 @@ def _open(stream: IO[bytes], max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
-            f"The image is {width}x{height} = {width * height / 1e6:.0f} million pixels; at most "
-            f"{max_pixels / 1e6:.0f} million are decoded. Scale it down."
+            f"The image is {width}x{height} = {width * height / 1e6:.3g} million pixels; at most "
+            f"{max_pixels / 1e6:.3g} million are decoded. Scale it down."
         )
     return image
 

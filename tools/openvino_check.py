@@ -98,11 +98,7 @@ def calibrate(bundle: ModelBundle, files: Sequence[Path]) -> Agreement:
         logits, *extremes = compiled[1](image[None]).values()
         expected.append(logits[0].argmax(0).astype(np.uint8))
         least, largest = np.minimum(least, extremes[::2]), np.maximum(largest, extremes[1::2])
-    # Zero is what paddings are made of: it has to be one of the steps.
-    ranges = {
-        name: (min(float(low), 0.0), max(float(high), 1e-6))
-        for name, low, high in zip(names, least, largest, strict=True)
-    }
+    ranges = {name: _with_zero(float(low), float(high)) for name, low, high in zip(names, least, largest, strict=True)}
     write_ranges(bundle, ranges)
     forward = OpenVinoForward(bundle, precision="int8")
     classes = manifest.architecture.classes
@@ -130,6 +126,14 @@ def _agreement(confusion: NDArray[np.int64]) -> Agreement:
     return Agreement(
         equal=float(right.sum() / confusion.sum()), worst_iou=float(iou.min()), worst_class=int(iou.argmin())
     )
+
+
+def _with_zero(low: float, high: float) -> tuple[float, float]:
+    """A range moved by less than a step, so that zero, which paddings are made of, is one of its 256 steps."""
+    low, high = min(low, 0.0), max(high, 1e-6)
+    step = (high - low) / 255
+    below = round(-low / step)
+    return -below * step, (255 - below) * step
 
 
 def _network_input(bundle: ModelBundle, file: Path) -> tuple[NDArray[np.uint8], bool]:

@@ -153,7 +153,7 @@ class TestErrors:
             predictor.predict(b"hello")
         with pytest.raises(ImageError, match="broken or truncated"):
             predictor.predict(png(make_panorama())[:300])
-        with pytest.raises(ImageError, match="128x64 = 0 million pixels; at most"):
+        with pytest.raises(ImageError, match=r"128x64 = 0\.00819 million pixels; at most"):
             predictor.predict(png(make_panorama()), max_pixels=100)
         (tmp_path / "small.png").write_bytes(png(make_panorama((8, 16))))
         with pytest.raises(ImageError, match=r"small\.png: The image is 16x8 pixels, too small"):
@@ -161,7 +161,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("name", ["cuda:99", "abacus", "", "cuda:x"])
     def test_a_device_that_is_not_here(self, tiny_bundle: ModelBundle, name: str) -> None:
-        with pytest.raises(ConfigError, match=f"The device {name!r} cannot be used here: .*Use --device cpu or auto"):
+        with pytest.raises(ConfigError, match=f"The device {name!r} cannot be used here.*Choose .*cpu"):
             Predictor(tiny_bundle, device=name)
 
     def test_auto_finds_one(self) -> None:

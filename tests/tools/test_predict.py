@@ -61,16 +61,19 @@ def test_nothing_is_overwritten_unasked(
     assert read_label_map(output / "2_normals.png").shape == (64, 128)
 
 
-def test_a_broken_image_names_itself_after_the_ones_before_it(
+def test_broken_images_are_named_and_the_others_predicted(
     scans: Path, tiny_bundle: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Though it is read while the model works on another one."""
+    """Though each is read while the model works on another one."""
     (scans / "1b_normals.png").write_bytes(b"hello")
+    Image.new("RGB", (16, 8)).save(scans / "0_small.png")
     output = tmp_path / "out"
     assert main(["predict", str(tiny_bundle.path), str(scans), "-o", str(output)]) == 2
-    assert "1b_normals.png: These 5 bytes are not a picture" in capsys.readouterr().err
-    names = [path.name for path in list_images([scans])]
-    assert [path.name for path in output.iterdir()] == names[: names.index("1b_normals.png")] != []
+    err = capsys.readouterr().err
+    assert "1b_normals.png: These 5 bytes are not a picture" in err
+    assert "0_small.png: The image is 16x8 pixels, too small" in err
+    assert f"2 label map(s) of the other images are in {output}." in err
+    assert sorted(path.name for path in output.iterdir()) == ["1_normals.png", "2_normals.png"]
 
 
 def test_the_next_image_is_read_while_the_model_works(

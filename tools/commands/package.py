@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{args.output}: function {name}, self-contained.")
     folder = shlex.quote(str(args.output))
-    print(
-        f"Deploy it on the machine where CVAT and Nuclio run:\n  sscloud deploy {folder} --gpu     # or without --gpu"
-    )
+    lean = args.backend == "openvino"
+    deploy = f"sscloud deploy {folder}" if lean else f"sscloud deploy {folder} --gpu     # or without --gpu"
+    print(f"Deploy it on the machine where CVAT and Nuclio run:\n  {deploy}")
     print("or, without a fixed port and a way back, with nuctl alone:")
     for file, what in (("function-gpu.yaml", "with an NVIDIA GPU"), ("function.yaml", "CPU only")):
         path = args.output / file

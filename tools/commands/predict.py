@@ -44,7 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Write the label map of every image; refuses before the first when an output exists or is an image itself."""
+    """Write the label map of every image; refuses before the first when an output exists or is an image itself.
+
+    Raises:
+        ImageError: images that cannot be used; the others are written.
+        ConfigError: outputs that would replace something.
+    """
     from tqdm import tqdm
 
     from sscloud.ahead import Ahead
@@ -60,12 +65,22 @@ def predict_files(predictor: "Predictor", images: Sequence[Path], outputs: Seque
     if existing and not overwrite:
         raise ConfigError(f"{existing[0]} exists already ({len(existing)} such file(s)). Add --overwrite to replace.")
     work = list(zip(images, outputs, [*images[1:], None], strict=True))
+    wrong: list[str] = []
     with Ahead(read_image) as pictures:
         for image, output, following in tqdm(work, "Predicting", unit="img", leave=False, disable=None):
-            pixels = pictures.take(image, following=following)
+            try:
+                pixels = pictures.take(image, following=following)
+            except ImageError as error:
+                wrong.append(str(error))  # it names the file
+                continue
             try:
                 segmentation = predictor.predict(pixels)
             except ImageError as error:
-                raise ImageError(f"{image}: {error}") from error
+                wrong.append(f"{image}: {error}")
+                continue
             write_label_map(output, segmentation.label_map)
             del pixels, segmentation  # before the next one is waited for
+    if wrong:
+        done = len(work) - len(wrong)
+        others = f"\n{done} label map(s) of the other images are in {outputs[0].parent}." if done else ""
+        raise ImageError("\n".join(wrong) + others)

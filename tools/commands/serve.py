@@ -8,7 +8,8 @@ HELP = "run a packaged function without Docker, as Nuclio would"
 DESCRIPTION = """\
 Runs a function folder made by `sscloud package` in a process of its own, with the two doors that CVAT uses: the
 function's own port and the Nuclio dashboard's API. Point a CVAT server at it with CVAT_NUCLIO_HOST and
-CVAT_NUCLIO_PORT. Settings of the function (SSCLOUD_DEVICE, …) are taken from function.yaml, then the environment."""
+CVAT_NUCLIO_PORT. Settings of the function (SSCLOUD_DEVICE, …) are those of `env` in function.yaml, and of the
+environment for what is not set there."""
 EXAMPLES = """\
   sscloud serve function                          # this machine only
   sscloud serve function --host 0.0.0.0           # for a CVAT in Docker or on another machine
