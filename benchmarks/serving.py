@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--width", type=int, default=8192, metavar="PIXELS", help="of the panorama; half of it follows (default: 8192)"
     )
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="measurements of each kind (default: 2)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="measurements of each kind (default: 1)")
     parser.add_argument(
         "--reference",
         type=Path,
