@@ -87,17 +87,19 @@ class TorchForward:
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                if tiles == self._plan(image, 1, wrap=wrap):
-                    break
-                self._max_pixels = max(math.prod(tile.padded_size_hw) for tile in tiles) // 2
-                log.warning("Out of memory on %s; going on with tiles of half the size: %s", self._device, error)
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            if self._dtype == torch.float32 or np.isfinite(logits).all():
-                return logits
-            log.warning("Numbers beyond %s; this image is computed in fp32 by the CPU", _NAMES[self._dtype])
-            return self._run_spare(image, wrap=wrap)
+                reason = str(error)
+            else:
+                if self._dtype == torch.float32 or np.isfinite(logits).all():
+                    return logits
+                log.warning("Numbers beyond %s; this image is computed in fp32 by the CPU", _NAMES[self._dtype])
+                return self._run_spare(image, wrap=wrap)
+            # Only here is the memory free that the error's traceback held.
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            if tiles == self._plan(image, 1, wrap=wrap):
+                break
+            self._max_pixels = max(math.prod(tile.padded_size_hw) for tile in tiles) // 2
+            log.warning("Out of memory on %s; going on with tiles of half the size: %s", self._device, reason)
         if self._device.type == "cpu":
             raise MemoryError(f"An image of {image.shape[1]}x{image.shape[0]} pixels does not fit into memory.")
         log.warning("Not even the smallest tiles fit into the memory of %s: the CPU computes this image", self._device)
