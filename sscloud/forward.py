@@ -200,7 +200,8 @@ def _to_host(logits: Tensor) -> NDArray[np.float32]:
 
 def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU has instructions for bf16 products; elsewhere they are emulated, slower than fp32."""
-    found: Mapping[str, object] = torch.cpu.get_capabilities()
+    # Older versions of PyTorch do not tell; fp32 is right everywhere.
+    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 

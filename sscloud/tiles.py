@@ -25,8 +25,9 @@ MAX_BYTES = 4 << 30
 """Memory for a tile's activations, unless a device has less: 8192x4096 at scale 0.1 takes an eighth of it."""
 
 _COPIES = 6.5
-"""Values a pixel and channel of the first level that are alive at once: the skip, what came up, both joined, the
-output, and what the deeper levels hold. Measured as 6.2 with the network of 64 channels."""
+"""Values a pixel and channel of the first level that are alive at once where levels are joined whole: the skip, what
+came up, both joined, the output, and what the deeper levels hold. In strips of rows it is less: 3.8 at scale 0.4 in
+benchmarks/serving.md."""
 
 
 def pixels_within(max_bytes: int, *, base_width: int, value_bytes: int) -> int:

@@ -11,7 +11,7 @@ Writes a folder that holds everything Nuclio needs to build and run the function
 function-gpu.yaml with the labels, version and description of the bundle, the code, and the bundle itself.
 With --backend openvino the CPU function needs no PyTorch: its packages take a third of the space, and it is faster;
 its results are compared with PyTorch's first. With --calibrate it also computes in 8-bit integers, on CPUs with VNNI
-some four times faster still; give a handful of panoramas such as it will see. It says how many of their pixels get
+some three times faster still; give a handful of panoramas such as it will see. It says how many of their pixels get
 another label then, a few in a thousand, and refuses when it is more than five.
 Deploy it with `sscloud deploy` (or with nuctl), or try it without Docker with `sscloud serve`."""
 EXAMPLES = """\
