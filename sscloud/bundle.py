@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sscloud import __version__
 from sscloud.architecture import Architecture, Upsampling
 from sscloud.errors import BundleError, SchemaError
+from sscloud.frame import Azimuth, Frame
 from sscloud.image import Encoding, Resample
 from sscloud.labels import LabelSchema
 
@@ -29,16 +30,6 @@ FORMAT = 1
 
 WEIGHTS = "weights.safetensors"
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Azimuth:
-    """How columns relate to directions in a panorama, in the frame its normals are given in."""
-
-    direction: Literal[1, -1]
-    """+1 when the azimuth grows with the column."""
-    column_0: float
-    """Azimuth of the left edge of column 0, degrees counter-clockwise from +x seen from above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +52,10 @@ class Manifest:
     elevation: tuple[float, float]
     """Elevation of the top and the bottom edge of the panoramas, degrees."""
     azimuth: Azimuth | None = None
+    frame: Frame = "scanner"
+    """The frame in which the network sees the normals of whole panoramas; they are given in the scanner's."""
+    temperature: float = 1.0
+    """Logits are divided by it before they become probabilities; fitted on the validation part."""
     parent: str | None = None
     """Name and version of the bundle that training started from."""
     snapshot: str | None = None
@@ -170,6 +165,13 @@ class Manifest:
                 "azimuth",
                 "a direction and degrees",
             )
+        require(self.frame in get_args(Frame), "frame", f"one of {get_args(Frame)}")
+        require(
+            self.frame == "scanner" or (self.encoding == "normals" and self.azimuth is not None),
+            "frame",
+            "scanner, where there are no normals or the azimuth is not known",
+        )
+        require(number(self.temperature) and self.temperature > 0, "temperature", "a number above 0")
         for name in ("parent", "snapshot"):
             require(isinstance(getattr(self, name), str | None), name, "a text or null")
         for name in ("code_version", "created", "weights_sha256"):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sscloud.architecture import STRIDE
 from sscloud.bundle import ModelBundle, channels_to_label_map
 from sscloud.errors import ConfigError, ImageError
+from sscloud.frame import to_view_frame
 from sscloud.image import MAX_PIXELS, decode_image, image_size_of, read_image, resize_image, scaled_size
 from sscloud.stages import Stages
 from sscloud.upsample import Interpolated, class_map, top_probability
@@ -135,13 +136,16 @@ class Predictor:
         with clock("resize"):
             scaled = resize_image(image, input_hw, resample=manifest.resample, encoding=manifest.encoding)
             del image  # the largest array of all, and needed no more
+            if manifest.frame == "view" and manifest.azimuth is not None and is_panorama(size_hw, manifest.aspect):
+                scaled = to_view_frame(scaled, manifest.azimuth)
         wrap = manifest.architecture.wrap and is_panorama(size_hw, manifest.aspect)
         with clock("forward"):
             logits = self._forward.logits(scaled, wrap=wrap)
         with clock("upsample"):
+            probability = top_probability(logits, temperature=manifest.temperature)
             return Segmentation(
                 class_map=class_map(logits, size_hw, wrap=wrap),
-                confidence=Interpolated(values=top_probability(logits), size_hw=size_hw, wrap=wrap),
+                confidence=Interpolated(values=probability, size_hw=size_hw, wrap=wrap),
                 label_ids=manifest.label_ids,
                 wrapped=wrap,
             )

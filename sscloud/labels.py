@@ -21,7 +21,8 @@ VOID = 255
 """The class index of void, and a label id that is always void."""
 
 _LABEL_KEYS = {"name", "id", "aliases", "color", "background"}
-_SCHEMA_KEYS = {"labels", "void"}
+_SCHEMA_KEYS = {"labels", "void", "no_return"}
+_NO_RETURN = ("label", "void")
 _UNKNOWN_GREY = 128
 
 
@@ -48,6 +49,8 @@ class LabelSchema:
     labels: tuple[Label, ...]
     void_ids: frozenset[int] = field(default_factory=lambda: frozenset({VOID}))
     """Label ids that loss and metrics leave out; always holds 255."""
+    no_return_void: bool = False
+    """Whether pixels that are black in a normals panorama are void too, whatever label they have."""
 
     @classmethod
     def default(cls) -> "LabelSchema":
@@ -76,7 +79,8 @@ class LabelSchema:
         """Build and check a schema from parsed YAML or JSON.
 
         Args:
-            data: `{"labels": [{"name", "id", "color"?, "aliases"?, "background"?}, …], "void": [ids]?}`.
+            data: `{"labels": [{"name", "id", "color"?, "aliases"?, "background"?}, …], "void": [ids]?,
+                "no_return": "label" | "void"?}`.
             source: where it came from, for the messages.
 
         Raises:
@@ -92,7 +96,17 @@ class LabelSchema:
         void = root.get("void", [])
         if not isinstance(void, list):
             raise SchemaError(f"{source}: 'void' must be a list of label ids, found {void!r}.")
-        schema = cls(labels=labels, void_ids=frozenset({VOID, *(_label_id(value, source, "'void'") for value in void)}))
+        no_return = root.get("no_return", "label")
+        if no_return not in _NO_RETURN:
+            raise SchemaError(
+                f"{source}: 'no_return' says whether pixels without a return keep their label or are left out: "
+                f"expected one of {', '.join(_NO_RETURN)}, found {no_return!r}."
+            )
+        schema = cls(
+            labels=labels,
+            void_ids=frozenset({VOID, *(_label_id(value, source, "'void'") for value in void)}),
+            no_return_void=no_return == "void",
+        )
         schema._check(source)
         return schema
 
@@ -136,6 +150,7 @@ class LabelSchema:
                 for label in self.labels
             ],
             "void": sorted(self.void_ids),
+            **({"no_return": "void"} if self.no_return_void else {}),
         }
 
     def to_yaml(self) -> str:

@@ -121,13 +121,20 @@ def class_map(logits: NDArray[np.float32], size_hw: tuple[int, int], *, wrap: bo
     return labels
 
 
-def top_probability(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The largest softmax at model scale: (C, h, w) → (h, w)."""
+def top_probability(logits: NDArray[np.float32], *, temperature: float = 1.0) -> NDArray[np.float32]:
+    """The largest softmax at model scale: (C, h, w) → (h, w).
+
+    Args:
+        logits: of the network.
+        temperature: that they are divided by first (Guo et al., "On Calibration of Modern Neural Networks", 2017).
+    """
     result = np.empty(logits.shape[1:], np.float32)
     step = max(1, _BAND_BYTES // (4 * logits.shape[0] * logits.shape[2]))
     for start in range(0, len(result), step):
         part = logits[:, start : start + step]
         band = part - part.max(0)
+        if temperature != 1:
+            band /= np.float32(temperature)
         result[start : start + step] = 1 / np.exp(band, out=band).sum(0)
     return result
 

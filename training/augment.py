@@ -8,7 +8,7 @@ mirrors the scene at the vertical plane through the azimuth of column 0, and wit
 import numpy as np
 from numpy.typing import NDArray
 
-from sscloud.bundle import Azimuth
+from sscloud.frame import Azimuth
 from sscloud.image import NO_RETURN_BELOW
 
 Image = NDArray[np.float32]

@@ -5,17 +5,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sscloud import __version__
 from sscloud.architecture import Architecture
-from sscloud.bundle import Azimuth
+from sscloud.frame import Azimuth, Frame
 from sscloud.errors import ConfigError, SSCloudError
 from sscloud.files import atomic_write
 from sscloud.image import Encoding, Resample
 from sscloud.labels import LabelSchema
 
 CONFIG = "config.json"
+
+LossName = Literal["ce+dice", "ce", "focal+dice", "ce+tversky", "ce+lovasz"]
+ClassWeights = Literal["smoothed", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +42,34 @@ class TrainConfig:
     bilinear: bool = False
     wrap: bool = True
     resample: Resample = "valid-area"
+    frame: Frame | None = None
+    """In which the network sees normals; None: view where the azimuth convention is known, else scanner."""
     augment: bool = True
     """Yaw and mirror, where the data set's azimuth convention is known."""
+    tilt: float = 0.0
+    """The largest tilt of the scanner that augmentation plays, degrees."""
+    crop: tuple[int, int] | None = None
+    """(h, w) that training cuts out of the scaled panoramas; None: whole panoramas."""
+    rare_crops: float = 0.5
+    """Share of the crops that are cut around a pixel of a class drawn with favour for the rare ones."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+    checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    loss: LossName = "ce+dice"
+    class_weights: ClassWeights = "smoothed"
+    """Of the cross-entropy or focal loss."""
+    label_smoothing: float = 0.0
+    latitude_weights: bool = False
+    """Weigh pixels by the solid angle they cover."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, per step; 0: none."""
+    patience: int | None = None
+    """Epochs without a better mIoU after which training ends; None: never."""
     load: str | None = None
     """A bundle or a .pth checkpoint to start from."""
+    replay: float = 1.0
+    """Share of the panoramas which the loaded bundle has learned from already that an epoch shows again."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from sscloud.architecture import STRIDE
-from sscloud.bundle import Azimuth
+from sscloud.frame import Azimuth
 from sscloud.errors import ConfigError, DatasetError, ImageError, SSCloudError
 from sscloud.files import atomic_write
 from sscloud.image import (

@@ -15,7 +15,8 @@ import torch
 
 from sscloud import checkpoint as module
 from sscloud.architecture import Architecture
-from sscloud.bundle import MANIFEST, WEIGHTS, Azimuth, Manifest, ModelBundle, channels_to_label_map
+from sscloud.bundle import MANIFEST, WEIGHTS, Manifest, ModelBundle, channels_to_label_map
+from sscloud.frame import Azimuth
 from sscloud.checkpoint import channel_ids, load_model, read_checkpoint, save_bundle, save_checkpoint
 from sscloud.errors import BundleError, ConfigError
 from sscloud.labels import LabelSchema

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sscloud.bundle import Azimuth
+from sscloud.frame import Azimuth
 from training.augment import RollFlip, YawMirror, mirror, yaw
 from training.sample.generate import render
 from training.sample.scanner import Scanner

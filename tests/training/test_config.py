@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sscloud.architecture import Architecture
-from sscloud.bundle import Azimuth
+from sscloud.frame import Azimuth
 from sscloud.errors import ConfigError
 from sscloud.labels import LabelSchema
 from training.config import Place, RunFacts, TrainConfig, read_run, resumed_config, write_config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sscloud.bundle import Azimuth
+from sscloud.frame import Azimuth
 from sscloud.errors import ConfigError, DatasetError, SchemaError
 from sscloud.image import read_label_map
 from sscloud.labels import LabelSchema

@@ -20,7 +20,8 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from sscloud.architecture import Architecture
-from sscloud.bundle import Azimuth, ModelBundle
+from sscloud.bundle import ModelBundle
+from sscloud.frame import Azimuth
 from sscloud.checkpoint import load_model
 from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
 from sscloud.image import read_image
