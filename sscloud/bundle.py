@@ -60,6 +60,8 @@ class Manifest:
     """Name and version of the bundle that training started from."""
     snapshot: str | None = None
     """Identity of the data set."""
+    learned: tuple[str, ...] = ()
+    """sha256 of each panorama with its mask that it and its parents were trained on."""
     metrics: dict[str, float] = field(default_factory=dict)
     code_version: str = __version__
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -74,7 +76,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON types."""
         data = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self))}
-        data["architecture"] = dataclasses.asdict(self.architecture)
+        data["architecture"] = self.architecture.to_dict()
         data["labels"] = self.labels.to_dict()
         data["azimuth"] = dataclasses.asdict(self.azimuth) if self.azimuth else None
         return {"format": FORMAT, **data}
@@ -114,6 +116,7 @@ class Manifest:
                     "labels": LabelSchema.from_dict(values["labels"], source=f"{source}, labels"),
                     "label_ids": tuple(values["label_ids"]),
                     "elevation": tuple(values["elevation"]),
+                    "learned": tuple(values.get("learned", ())),
                     "azimuth": Azimuth(**azimuth) if azimuth is not None else None,
                 }
             )
@@ -174,6 +177,7 @@ class Manifest:
         require(number(self.temperature) and self.temperature > 0, "temperature", "a number above 0")
         for name in ("parent", "snapshot"):
             require(isinstance(getattr(self, name), str | None), name, "a text or null")
+        require(all(isinstance(digest, str) for digest in self.learned), "learned", "a list of texts")
         for name in ("code_version", "created", "weights_sha256"):
             require(isinstance(getattr(self, name), str), name, "a text")
         # A class that never occurs has no score: NaN is a value here.

@@ -23,16 +23,18 @@ from sscloud.errors import BundleError
 from sscloud.files import atomic_folder, atomic_write
 from sscloud.image import Encoding
 from sscloud.labels import LabelSchema
+from sscloud.networks import Network, load_network
 from sscloud.unet import UNet, architecture_of, build
 
 log = logging.getLogger(__name__)
 
 
-def load_model(bundle: ModelBundle) -> UNet:
+def load_model(bundle: ModelBundle) -> Network:
     """A bundle's network with its weights mapped into memory, in evaluation mode on the CPU.
 
     Raises:
         BundleError: the weights cannot be read, or do not fit the architecture.
+        ConfigError: the library that the network is built of is missing.
     """
     file = bundle.path / WEIGHTS
     try:
@@ -41,10 +43,10 @@ def load_model(bundle: ModelBundle) -> UNet:
         raise BundleError(f"{file} is not a safetensors file: {error}. Copy the bundle again.") from error
     except OSError as error:
         raise BundleError(f"{file} cannot be read: {error.strerror or error}. Copy the bundle again.") from error
-    return build(bundle.manifest.architecture, state, source=str(file))
+    return load_network(bundle.manifest.architecture, state, source=str(file))
 
 
-def save_bundle(path: Path, model: UNet, manifest: Manifest, *, overwrite: bool = False) -> ModelBundle:
+def save_bundle(path: Path, model: Network, manifest: Manifest, *, overwrite: bool = False) -> ModelBundle:
     """Write a bundle, whole or not at all.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,7 +12,8 @@ from torch import Tensor
 from sscloud.bundle import ModelBundle
 from sscloud.checkpoint import load_model
 from sscloud.errors import ConfigError
-from sscloud.tiles import MAX_BYTES, Tile, pixels_within, plan_tiles, run_in_tiles
+from sscloud.networks import Network, last_convolution
+from sscloud.tiles import MAX_BYTES, Tile, pixels_within, plan_blended, plan_tiles, run_blended, run_in_tiles
 from sscloud.unet import UNet, fold_batch_norm
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,12 @@ class TorchForward:
         self._device = device
         self._dtype = find_dtype(device, precision)
         self._model = self._load(device, self._dtype)
-        self._spare: UNet | None = None
+        self._spare: Network | None = None
         if max_bytes is None:
             max_bytes = MAX_BYTES if device.type == "cpu" else int(0.8 * torch.cuda.mem_get_info(device)[0])
         architecture = bundle.manifest.architecture
-        self._tileable = architecture.upsampling != "bilinear-aligned"
+        self._is_local = architecture.is_local
+        # Other families have a base width of 64 too: they take 160 to 450 values a pixel, measured; such a UNet 416.
         self._max_pixels = pixels_within(
             max_bytes, base_width=architecture.base_width, value_bytes=self._dtype.itemsize
         )
@@ -71,7 +72,8 @@ class TorchForward:
         """Logits of an image; see `sscloud.inference.Forward`.
 
         When memory runs out the image is cut into smaller tiles, and in the end computed by the CPU: CVAT gives up a
-        whole task for one frame without an answer.
+        whole task for one frame without an answer. Tiles of a network that is not local (`Architecture.is_local`)
+        overlap and are blended; the logits are those of the blend.
 
         Args:
             image: (h, w, 3) uint8 RGB, at least 16 pixels on each side.
@@ -83,7 +85,7 @@ class TorchForward:
         while True:
             tiles = self._plan(image, self._max_pixels, wrap=wrap)
             try:
-                logits = _run(self._model, image, tiles, wrap=wrap)
+                logits = self._run(self._model, image, tiles, wrap=wrap)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -106,35 +108,39 @@ class TorchForward:
         return self._run_spare(image, wrap=wrap)
 
     def _plan(self, image: NDArray[np.uint8], max_pixels: int, *, wrap: bool) -> tuple[Tile, ...]:
-        size_hw = (image.shape[0], image.shape[1])
-        return plan_tiles(size_hw, max_pixels=max_pixels if self._tileable else sys.maxsize, wrap=wrap)
+        plan = plan_tiles if self._is_local else plan_blended
+        return plan((image.shape[0], image.shape[1]), max_pixels=max_pixels, wrap=wrap)
+
+    def _run(
+        self, model: Network, image: NDArray[np.uint8], tiles: Sequence[Tile], *, wrap: bool
+    ) -> NDArray[np.float32]:
+        weight = next(model.parameters())
+
+        def compute(part: NDArray[np.uint8], *, wrap: bool) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                return _to_host(model(to_input(part, weight.device, weight.dtype), wrap=wrap)[0].float())
+
+        run = run_in_tiles if self._is_local else run_blended
+        return run(image, tiles, compute, wrap=wrap)
 
     def _run_spare(self, image: NDArray[np.uint8], *, wrap: bool) -> NDArray[np.float32]:
         if self._spare is None:
             self._spare = self._load(torch.device("cpu"), torch.float32)
         width = self._bundle.manifest.architecture.base_width
         max_pixels = pixels_within(MAX_BYTES, base_width=width, value_bytes=4)
-        return _run(self._spare, image, self._plan(image, max_pixels, wrap=wrap), wrap=wrap)
+        return self._run(self._spare, image, self._plan(image, max_pixels, wrap=wrap), wrap=wrap)
 
-    def _load(self, device: torch.device, dtype: torch.dtype) -> UNet:
+    def _load(self, device: torch.device, dtype: torch.dtype) -> Network:
         model = load_model(self._bundle)
-        fold_batch_norm(model)
+        if isinstance(model, UNet):
+            fold_batch_norm(model)
         model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
         if dtype != torch.float32:
             # The last layer decides between close classes, and costs next to nothing.
-            model.outc.float()
-            model.outc.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            last = last_convolution(model)
+            last.float()
+            last.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         return model
-
-
-def _run(model: UNet, image: NDArray[np.uint8], tiles: Sequence[Tile], *, wrap: bool) -> NDArray[np.float32]:
-    weight = next(model.parameters())
-
-    def compute(part: NDArray[np.uint8], *, wrap: bool) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return _to_host(model(to_input(part, weight.device, weight.dtype), wrap=wrap)[0].float())
-
-    return run_in_tiles(image, tiles, compute, wrap=wrap)
 
 
 def to_input(image: NDArray[np.uint8], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,10 @@ class Azimuth:
 
     def of_columns(self, width: int) -> NDArray[np.float64]:
         """(W,) azimuth of the middle of each column, radians."""
-        return np.radians(self.column_0) + self.direction * (np.arange(width) + 0.5) * (2 * np.pi / width)
+        angles: NDArray[np.float64] = np.radians(self.column_0) + self.direction * (np.arange(width) + 0.5) * (
+            2 * np.pi / width
+        )
+        return angles
 
 
 def to_view_frame(image: NDArray[np.uint8], azimuth: Azimuth) -> NDArray[np.uint8]:
@@ -40,12 +43,45 @@ def to_view_frame(image: NDArray[np.uint8], azimuth: Azimuth) -> NDArray[np.uint
     Returns:
         (H, W, 3) uint8.
     """
-    angle = azimuth.of_columns(image.shape[1])
+    return rotate_normals(image, -azimuth.of_columns(image.shape[1]))
+
+
+def rotate_normals(image: NDArray[np.uint8], angle: NDArray[np.float64] | float) -> NDArray[np.uint8]:
+    """Rotate the normals of every return about the vertical axis; the pixels stay where they are.
+
+    Args:
+        image: (H, W, 3) uint8, encoded normals; no-returns stay as they are.
+        angle: of all columns, or (W,) of each; radians, counter-clockwise seen from above.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     x, y = image[..., 0] - np.float32(127.5), image[..., 1] - np.float32(127.5)
-    turned = image.copy()
-    turned[..., 0] = np.rint(cosine * x + sine * y + 127.5).clip(0, 255)
-    turned[..., 1] = np.rint(cosine * y - sine * x + 127.5).clip(0, 255)
+    return _with_horizontal(image, cosine * x - sine * y, sine * x + cosine * y)
+
+
+def reflect_normals(image: NDArray[np.uint8], azimuth: float) -> NDArray[np.uint8]:
+    """Reflect the normals of every return at the vertical plane through an azimuth; the pixels stay where they are.
+
+    Args:
+        image: (H, W, 3) uint8, encoded normals; no-returns stay as they are.
+        azimuth: of the plane, degrees.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    double = 2 * np.radians(azimuth)
+    cosine, sine = np.float32(np.cos(double)), np.float32(np.sin(double))
+    x, y = image[..., 0] - np.float32(127.5), image[..., 1] - np.float32(127.5)
+    return _with_horizontal(image, cosine * x + sine * y, sine * x - cosine * y)
+
+
+def _with_horizontal(image: NDArray[np.uint8], x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The image with other (nx, ny), (H, W) float32 in steps of the encoding from zero, where there is a return."""
+    changed = image.copy()
+    changed[..., 0] = np.rint(x + np.float32(127.5)).clip(0, 255)
+    changed[..., 1] = np.rint(y + np.float32(127.5)).clip(0, 255)
     black = no_return(image)
-    turned[black] = image[black]
-    return turned
+    changed[black] = image[black]
+    return changed

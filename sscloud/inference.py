@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sscloud.architecture import STRIDE
-from sscloud.bundle import ModelBundle, channels_to_label_map
+from sscloud.bundle import Manifest, ModelBundle, channels_to_label_map
 from sscloud.errors import ConfigError, ImageError
 from sscloud.frame import to_view_frame
 from sscloud.image import MAX_PIXELS, decode_image, image_size_of, read_image, resize_image, scaled_size
 from sscloud.stages import Stages
+from sscloud.turns import TurnedForward
 from sscloud.upsample import Interpolated, class_map, top_probability
 
 ASPECT_TOLERANCE = 0.02
@@ -67,17 +68,35 @@ class Predictor:
         device: `auto` (the GPU when there is one), `cpu`, `cuda`, `cuda:1`, …
         precision: `auto` (the fastest that the hardware is made for), `fp32`, `bf16`, `fp16` or `int8`.
         backend: the library that computes; OpenVINO needs a CPU, and no PyTorch.
+        turns: times that the network sees a panorama, turned and mirrored; the mean counts. Crops are seen once.
 
     Raises:
-        ConfigError: the device does not exist here, or cannot compute in that precision.
+        ConfigError: the device does not exist here, or cannot compute in that precision; or the bundle's panoramas
+            cannot be turned.
         BundleError: the weights do not fit.
     """
 
     def __init__(
-        self, bundle: ModelBundle, *, device: str = "auto", precision: Precision = "auto", backend: Backend = "torch"
+        self,
+        bundle: ModelBundle,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        backend: Backend = "torch",
+        turns: int = 1,
     ) -> None:
         self.bundle = bundle
+        manifest = bundle.manifest
+        _check_turns(manifest, turns)
         self._forward = make_forward(bundle, device=device, precision=precision, backend=backend)
+        if turns > 1:
+            self._forward = TurnedForward(
+                self._forward,
+                turns=turns,
+                encoding=manifest.encoding,
+                frame=manifest.frame,
+                azimuth=manifest.azimuth,
+            )
 
     def describe(self) -> str:
         """Library, device and precision, for a log."""
@@ -165,6 +184,23 @@ class Predictor:
 def is_panorama(size_hw: tuple[int, int], aspect: float) -> bool:
     """Whether an image of this size is a full turn rather than a crop, by its aspect."""
     return abs(size_hw[1] / size_hw[0] / aspect - 1) <= ASPECT_TOLERANCE
+
+
+def _check_turns(manifest: Manifest, turns: int) -> None:
+    if turns < 1:
+        raise ConfigError(f"The turns to average over must be 1 or more, found {turns}.")
+    if turns == 1:
+        return
+    if not manifest.architecture.wrap:
+        raise ConfigError(
+            f"{manifest.title} does not wrap at the seam, so turning its panoramas would only move where it errs. "
+            "Leave the turns at 1, or train without --no-wrap."
+        )
+    if manifest.encoding == "normals" and manifest.azimuth is None:
+        raise ConfigError(
+            f"{manifest.title} does not say how columns relate to directions, so normals cannot be turned. Leave the "
+            "turns at 1, or state the azimuth in dataset.yaml and train again."
+        )
 
 
 def make_forward(bundle: ModelBundle, *, device: str, precision: Precision, backend: Backend) -> Forward:

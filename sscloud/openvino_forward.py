@@ -55,7 +55,7 @@ class OpenVinoForward:
 
     Raises:
         BundleError: the ranges are damaged or do not fit the weights.
-        ConfigError: the precision is unknown, or cannot be had here.
+        ConfigError: the network is no UNet, or the precision is unknown or cannot be had here.
     """
 
     def __init__(
@@ -65,6 +65,12 @@ class OpenVinoForward:
         precision: Precision = "auto",
         max_bytes: int = MAX_BYTES,
     ) -> None:
+        architecture = bundle.manifest.architecture
+        if architecture.family != "unet":
+            raise ConfigError(
+                f"{bundle.path} holds a network {architecture.family!r}; OpenVINO computes unets only here. Package "
+                "the bundle with --backend torch."
+            )
         self._bundle = bundle
         self._core = ov.Core()
         ranges = read_ranges(bundle)
@@ -75,7 +81,6 @@ class OpenVinoForward:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # several workers would all be pinned to the first cores
         }
-        architecture = bundle.manifest.architecture
         self._max_pixels = pixels_within(max_bytes, base_width=architecture.base_width, value_bytes=4)
         if architecture.upsampling == "bilinear-aligned":  # every logit depends on the whole size
             self._max_pixels = sys.maxsize

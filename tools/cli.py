@@ -13,7 +13,7 @@ from sscloud import __version__
 
 GROUPS = {
     "Data": ("sample", "fetch", "convert"),
-    "Models": ("train", "evaluate", "export", "import-checkpoint"),
+    "Models": ("train", "evaluate", "compare", "report", "export", "import-checkpoint"),
     "Pictures and masks": ("predict", "visualize"),
     "CVAT and Nuclio": ("package", "deploy", "serve", "labels", "prelabel", "doctor"),
     "All at once": ("demo",),

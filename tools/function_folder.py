@@ -29,6 +29,15 @@ TEMPLATES = ("function.yaml", "function-gpu.yaml")
 OPENVINO_TEMPLATE = "function-openvino.yaml"
 """Takes the place of function.yaml: the same but for what computes."""
 
+LIBRARY = "pip install segmentation-models-pytorch==0.6.0 timm==1.0.31"
+"""What computes networks of other families than `unet`; timm names the parameters of its encoders."""
+
+TORCHVISION = {
+    "function.yaml": "pip install torchvision==0.28.0+cpu --index-url https://download.pytorch.org/whl/cpu",
+    "function-gpu.yaml": "pip install torchvision==0.28.0",
+}
+"""The one that is made for the torch of each template: timm imports it, and it fails with any other."""
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _MAX_NAME = 56
 """A Kubernetes label has 63 characters at most, and Nuclio puts "nuclio-" before the name."""
@@ -60,18 +69,27 @@ def package(
 
     Raises:
         BundleError: no valid bundle, or one that OpenVINO does not compute as PyTorch does.
-        ConfigError: a name that Nuclio does not take, a folder that exists, or no OpenVINO.
+        ConfigError: a name that Nuclio does not take, a folder that exists, no OpenVINO, or a network that it does
+            not compute.
         ImageError: an image of `calibrate` cannot be used.
     """
     bundle = ModelBundle.load(bundle_path)
     function_name = find_name(bundle.manifest.name) if name is None else check_name(name)
     if calibrate and backend != "openvino":
         raise ConfigError("Only OpenVINO computes in int8. Add --backend openvino, or leave --calibrate out.")
+    family = bundle.manifest.architecture.family
+    if family != "unet" and backend == "openvino":
+        raise ConfigError(
+            f"{bundle_path} holds a network {family!r}; OpenVINO computes unets only here. Leave --backend openvino "
+            "out."
+        )
     with atomic_folder(folder, marker="function.yaml", overwrite=overwrite) as target:
         for template in TEMPLATES:
             openvino = backend == "openvino" and template == "function.yaml"
             text = (_source() / (OPENVINO_TEMPLATE if openvino else template)).read_text(encoding="utf-8")
             filled = fill_template(text, bundle.manifest, name=function_name)
+            if family != "unet":
+                filled = add_build_steps(filled, [TORCHVISION[template], LIBRARY])
             (target / template).write_text(filled, encoding="utf-8", newline="\n")
         for module in MODULES:
             shutil.copyfile(_source() / module, target / module)
@@ -179,6 +197,28 @@ def replace_scalars(text: str, values: Mapping[tuple[str, ...], str]) -> str:
     for start, end, value in sorted(spans, reverse=True):
         text = text[:start] + value + text[end:]
     return text
+
+
+def add_build_steps(text: str, commands: Sequence[str]) -> str:
+    """Let a function's image run more commands, after those of its yaml; everything else stays as it is.
+
+    Args:
+        text: a function's yaml.
+        commands: of one line, without characters that mean something in YAML.
+
+    Raises:
+        KeyError: the yaml has no steps.
+    """
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key in ("spec", "build", "directives", "preCopy"):
+        children = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((child for name, child in children if name.value == key), None)
+    if not isinstance(node, yaml.SequenceNode):
+        raise KeyError("spec.build.directives.preCopy")
+    indent = " " * (node.start_mark.column)
+    steps = "".join(f"\n{indent}- kind: RUN\n{indent}  value: {command}" for command in commands)
+    end = len(text[: node.end_mark.index].rstrip())
+    return text[:end] + steps + text[end:]
 
 
 def _source() -> Path:

@@ -2,17 +2,22 @@
 
 import csv
 import io
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from sscloud.checkpoint import save_checkpoint
 from sscloud.files import atomic_write
+from sscloud.unet import UNet
 from training.module import SegmentationModule
 
 
@@ -26,7 +31,8 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch that ends."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        row = {"epoch": float(trainer.current_epoch + 1), "train_loss": metrics.pop("train_loss")}
+        loss = metrics.pop("train_loss", math.nan)  # missing where every step was skipped
+        row = {"epoch": float(trainer.current_epoch + 1), "train_loss": loss}
         row["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         row.update({name: value for name, value in sorted(metrics.items()) if not name.startswith("train_loss")})
         self._rows.append(row)
@@ -50,6 +56,83 @@ class History(Callback):
         atomic_write(self._path, text.getvalue().encode())
 
 
+class Throughput(Callback):
+    """Logs at every epoch `seconds` and images per second: of the whole training part (`images_per_second`), of loading
+    alone (`loader_images_per_second`) and of the steps alone (`step_images_per_second`).
+
+    The slower of the last two is what to speed up.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._loading = self._stepping = 0.0
+        self._images = 0
+        self._mark = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._began = self._mark = time.perf_counter()
+        self._loading = self._stepping = 0.0
+        self._images = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is there."""
+        now = time.perf_counter()
+        self._loading += now - self._mark
+        self._mark = now
+        self._images += len(batch.images)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step is done: the norm of its gradients was waited for, on a GPU too."""
+        now = time.perf_counter()
+        self._stepping += now - self._mark
+        self._mark = now
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the rates; validation lies between the last batch and now."""
+        trained = self._mark - self._began
+        for name, seconds in (
+            ("images_per_second", trained),
+            ("loader_images_per_second", self._loading),
+            ("step_images_per_second", self._stepping),
+        ):
+            pl_module.log(name, self._images / max(seconds, 1e-9))
+        pl_module.log("seconds", time.perf_counter() - self._began)
+
+
+class Averaging(WeightAveraging):
+    """Exponential moving average of the weights, which is validated and kept as the best model.
+
+    It begins fast, as (1 + n) / (10 + n) after n steps, so that short trainings do not end with their first weights
+    (the warm-up of TensorFlow's `ExponentialMovingAverage`). The statistics of batch normalisation, averages
+    already, are averaged along.
+
+    Args:
+        decay: share of the old average that a step keeps, 0 to 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=self._average)
+        self._decay = decay
+
+    def averaged(self, module: SegmentationModule) -> nn.Module:
+        """The network with the averaged weights."""
+        average: Any = self._average_model
+        network: nn.Module = module.model if average is None else average.module.model
+        return network
+
+    @torch.no_grad()
+    def _average(self, averages: Any, currents: Any, count: Tensor | int) -> None:
+        decay = min(self._decay, (1 + int(count)) / (10 + int(count)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, 1 - decay)
+        else:  # counters
+            torch._foreach_copy_(averages, currents)
+
+
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with loss and mIoU only."""
 
@@ -61,23 +144,26 @@ class ProgressBar(TQDMProgressBar):
 
 
 class EpochLines(Callback):
-    """One line an epoch, for logs and other places where a bar cannot move."""
+    """One line an epoch that stays, above the bar and in logs."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch that ends."""
         if trainer.is_global_zero:
             metrics = trainer.callback_metrics
             miou = f"  mIoU {float(metrics['miou']):.3f}" if "miou" in metrics else ""
-            print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-                f"loss {float(metrics['train_loss']):.3f}{miou}",
-                file=sys.stderr,
-                flush=True,
-            )
+            skipped = f"  {skips:.0f} steps skipped" if (skips := float(metrics.get("skipped_steps", 0))) else ""
+            loss = f"{float(metrics['train_loss']):.3f}" if "train_loss" in metrics else "not finite"
+            with tqdm.external_write_mode(file=sys.stderr):
+                print(
+                    f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {loss}{miou}  "
+                    f"{float(metrics['images_per_second']):.1f} images/s{skipped}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 class MilesialCheckpoints(Callback):
-    """Writes `checkpoint_epochN.pth` after every epoch, as milesial's train.py does."""
+    """Writes a UNet as `checkpoint_epochN.pth` after every epoch, as milesial's train.py does."""
 
     def __init__(self, folder: Path, label_ids: tuple[int, ...]) -> None:
         self._folder = folder
@@ -87,7 +173,10 @@ class MilesialCheckpoints(Callback):
         """Write the network as it is now."""
         if trainer.is_global_zero and isinstance(pl_module, SegmentationModule):
             path = self._folder / f"checkpoint_epoch{trainer.current_epoch + 1}.pth"
-            save_checkpoint(path, pl_module.model, self._label_ids)
+            averaging = next((callback for callback in trainer.callbacks if isinstance(callback, Averaging)), None)  # type: ignore[attr-defined]
+            model = pl_module.model if averaging is None else averaging.averaged(pl_module)
+            if isinstance(model, UNet):
+                save_checkpoint(path, model, self._label_ids)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -5,13 +5,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sscloud import __version__
-from sscloud.architecture import Architecture
-from sscloud.frame import Azimuth, Frame
+from sscloud.architecture import STRIDE, Architecture, Family
 from sscloud.errors import ConfigError, SSCloudError
 from sscloud.files import atomic_write
+from sscloud.frame import Azimuth, Frame
 from sscloud.image import Encoding, Resample
 from sscloud.labels import LabelSchema
 
@@ -38,6 +38,11 @@ class TrainConfig:
     amp: bool = False
     classes: int | None = None
     """Output channels; None: as many as the schema has classes."""
+    family: Family = "unet"
+    encoder: str | None = None
+    """Of the families other than unet; None: resnet34."""
+    pretrained: bool = True
+    """Whether a new encoder starts from weights that its makers trained on ImageNet."""
     base_width: int = 64
     bilinear: bool = False
     wrap: bool = True
@@ -82,6 +87,20 @@ class TrainConfig:
             ("base_width", 1 <= self.base_width <= 512, "1 to 512"),
             ("classes", self.classes is None or 1 <= self.classes <= 256, "1 to 256"),
             ("seed", self.seed >= 0, "0 or above"),
+            ("tilt", 0 <= self.tilt <= 45, "0 to 45 degrees"),
+            ("crop", self.crop is None or min(self.crop) >= STRIDE, f"at least {STRIDE} pixels on each side"),
+            ("rare_crops", 0 <= self.rare_crops <= 1, "a share from 0 to 1"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("loss", self.loss in get_args(LossName), f"one of {', '.join(get_args(LossName))}"),
+            (
+                "class_weights",
+                self.class_weights in get_args(ClassWeights),
+                f"one of {', '.join(get_args(ClassWeights))}",
+            ),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
+            ("ema", 0 <= self.ema < 1, "0 to below 1"),
+            ("patience", self.patience is None or self.patience >= 1, "at least 1"),
+            ("replay", 0 <= self.replay <= 1, "a share from 0 to 1"),
         ):
             if not ok:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {expected}, found {getattr(self, name)}.")
@@ -94,6 +113,8 @@ class Place:
     run: Path
     resume: bool = False
     device: str = "auto"
+    memory: float | None = None
+    """GiB that training may use; None: what the device has free."""
     cache: Path | None = None
     """Folder for scaled panoramas; None: inside the data set."""
     tracking_uri: str | None = None
@@ -113,6 +134,8 @@ class Place:
             raise ConfigError(f"--version must be a whole number from 1 (CVAT demands one), found {self.version}.")
         if not self.name.strip():
             raise ConfigError("--name must not be empty: CVAT shows it.")
+        if self.memory is not None and not self.memory > 0:
+            raise ConfigError(f"--memory must be above 0 GiB, found {self.memory:g}.")
 
     @property
     def world_size(self) -> int:
@@ -133,6 +156,10 @@ class RunFacts:
     elevation: tuple[float, float]
     azimuth: Azimuth | None
     parent: str | None
+    frame: Frame = "scanner"
+    """In which the network sees normals."""
+    learned: tuple[str, ...] = ()
+    """Digests of the panoramas and masks that it and its parents were trained on."""
     code_version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +167,7 @@ class RunFacts:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {
             **values,
-            "architecture": dataclasses.asdict(self.architecture),
+            "architecture": self.architecture.to_dict(),
             "labels": self.labels.to_dict(),
             "azimuth": dataclasses.asdict(self.azimuth) if self.azimuth else None,
         }
@@ -155,6 +182,7 @@ class RunFacts:
                 "labels": LabelSchema.from_dict(data["labels"], source=source),
                 "label_ids": tuple(data["label_ids"]),
                 "elevation": tuple(data["elevation"]),
+                "learned": tuple(data.get("learned", ())),
                 "azimuth": Azimuth(**data["azimuth"]) if data["azimuth"] else None,
             }
         )
@@ -177,7 +205,10 @@ def read_run(run: Path) -> Run:
     file = run / CONFIG
     try:
         data = json.loads(file.read_bytes())
-        return Run(config=TrainConfig(**data["config"]), facts=RunFacts.from_dict(data["facts"], source=str(file)))
+        values = data["config"]
+        crop = values.get("crop")
+        config = TrainConfig(**{**values, "crop": tuple(crop) if crop else None})
+        return Run(config=config, facts=RunFacts.from_dict(data["facts"], source=str(file)))
     except FileNotFoundError as error:
         raise ConfigError(f"{run} is no run: it has no {CONFIG}. `sscloud train … -o {run}` makes one.") from error
     except (OSError, ValueError, TypeError, KeyError, SSCloudError) as error:

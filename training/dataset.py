@@ -14,40 +14,44 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from sscloud.architecture import STRIDE
-from sscloud.frame import Azimuth
 from sscloud.errors import ConfigError, DatasetError, ImageError, SSCloudError
 from sscloud.files import atomic_write
+from sscloud.frame import Azimuth
 from sscloud.image import (
     RESAMPLE_VERSION,
     SUFFIXES,
     Encoding,
     Resample,
     image_size,
+    no_return,
     read_image,
     read_label_map,
     resize_image,
     resize_label_map,
 )
 from sscloud.image import scaled_size as scaled_size_of
-from sscloud.labels import LabelSchema, count_ids
+from sscloud.labels import VOID, LabelSchema, count_ids
+from training.batch import DRAWS, Batch
 from training.manifest import IMAGES, LABELS, MANIFEST, MASKS, Manifest, read_manifest, settle_if_free
 from training.splits import Split
+
+if TYPE_CHECKING:
+    from training.crops import Crops
 
 FACTS, CACHE = "dataset.yaml", ".cache"
 
@@ -496,43 +500,58 @@ def part(dataset: DatasetFolder, name: Split | Literal["all"] | None) -> tuple[D
     return replace(dataset, items=items), name
 
 
-Transform = Callable[[NDArray[np.float32], NDArray[np.uint8], np.random.Generator], tuple[Any, Any]]
-
-
-class Panoramas(Dataset[tuple[Tensor, Tensor]]):
-    """Cached items as tensors: image (3, h, w) float32 in 0..1 and class map (h, w) int64, void 255.
+class Panoramas(Dataset[Batch]):
+    """Cached panoramas or crops of them, each a `Batch` of one.
 
     Args:
         items: from `build_cache`; the arrays are memory-mapped.
         schema: turns label ids into class indices.
-        transform: augmentation of (h, w, 3) float32 image and (h, w) uint8 class map; None for validation.
-        seed: with the index it determines the augmentation, whatever ran before.
+        encoding: of the images; decides what a black pixel is.
+        crops: where to cut; None for whole panoramas.
+        seed: with the index it determines an item's random numbers, whatever ran before.
 
-    The index (e, i) is item i as epoch e sees it; a plain i means epoch 0.
+    The index (e, i) is panorama or crop i as epoch e sees it; a plain i means epoch 0.
     """
 
     def __init__(
-        self, items: Sequence[CachedItem], schema: LabelSchema, *, transform: Transform | None = None, seed: int = 0
+        self,
+        items: Sequence[CachedItem],
+        schema: LabelSchema,
+        *,
+        encoding: Encoding = "normals",
+        crops: "Crops | None" = None,
+        seed: int = 0,
     ) -> None:
         self._items = items
         self._schema = schema
-        self._transform = transform
+        self._encoding = encoding
+        self._crops = crops
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._items) if self._crops is None else len(self._crops)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
         epoch, place = index if isinstance(index, tuple) else (0, index)
-        item = self._items[place]
-        image = np.load(item.image, mmap_mode="r").astype(np.float32) / 255
-        class_map = self._schema.class_map(np.load(item.mask, mmap_mode="r"))
-        if self._transform is not None:
-            rng = np.random.default_rng((self._seed, epoch, place))
-            image, class_map = self._transform(image, class_map, rng)
-        return (
-            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            torch.from_numpy(class_map.astype(np.int64)),
+        if self._crops is None:
+            item, window = self._items[place], None
+        else:
+            window = self._crops.choose(epoch, place)
+            item = self._items[window.item]
+        image, label_map = np.load(item.image, mmap_mode="r"), np.load(item.mask, mmap_mode="r")
+        whole_hw = image.shape[0], image.shape[1]
+        if window is not None:
+            image, label_map = window.cut(image), window.cut(label_map)
+        class_map = self._schema.class_map(label_map)
+        if self._schema.no_return_void and self._encoding == "normals":
+            class_map[no_return(np.asarray(image))] = VOID
+        rng = np.random.default_rng((self._seed, epoch, place))
+        return Batch(
+            images=torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],
+            class_maps=torch.from_numpy(class_map)[None],
+            origins=torch.tensor([[0.0, 0.0] if window is None else [window.row, window.column]]),
+            whole_hw=whole_hw,
+            draws=torch.from_numpy(rng.random((1, DRAWS), np.float32)),
         )
 
 
@@ -541,10 +560,31 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     Every process gets the same number of items; the order is repeated from its start where it does not divide. The
     indices carry the epoch, as `Panoramas` takes it.
+
+    Args:
+        size: items there are.
+        seed: of the order.
+        rank: of this process.
+        world_size: processes.
+        known: items of which an epoch shows only a share, another one every time.
+        replay: that share, 0 to 1.
     """
 
-    def __init__(self, size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        known: Collection[int] = (),
+        replay: float = 1.0,
+    ) -> None:
         self._size, self._seed, self._rank, self._world_size = size, seed, rank, world_size
+        self._known = np.array(sorted(known), np.int64)
+        self._replayed = len(self._known) if replay >= 1 else round(replay * len(self._known))
+        if len(self._known) == size:  # an epoch shows something
+            self._replayed = max(1, self._replayed)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -552,9 +592,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self._size // self._world_size)
+        return -(-(self._size - len(self._known) + self._replayed) // self._world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self._seed, self.epoch)).permutation(self._size)
+        rng = np.random.default_rng((self._seed, self.epoch))
+        order = rng.permutation(self._size)
+        if self._replayed < len(self._known):
+            left_out = rng.permutation(self._known)[self._replayed :]
+            order = order[~np.isin(order, left_out)]
         dealt = np.resize(order, len(self) * self._world_size)[self._rank :: self._world_size]
         return iter([(self.epoch, int(place)) for place in dealt])

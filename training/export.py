@@ -8,10 +8,10 @@ import torch
 from sscloud.bundle import Manifest, ModelBundle
 from sscloud.checkpoint import save_bundle
 from sscloud.errors import BundleError
-from sscloud.unet import build
+from sscloud.networks import load_network
 from training.config import read_run
 
-METRICS, BEST = "metrics.csv", "checkpoints/best.ckpt"
+METRICS, BEST, BUNDLE = "metrics.csv", "checkpoints/best.ckpt", "bundle"
 
 _PREFIX = "model."
 """Where the LightningModule keeps the network."""
@@ -40,7 +40,8 @@ def export_bundle(run: Path, output: Path, *, name: str, version: int, overwrite
     except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
         raise BundleError(f"{best} cannot be read: {str(error).splitlines()[0]}") from error
     weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
-    model = build(facts.architecture, weights, source=str(best))
+    model = load_network(facts.architecture, weights, source=str(best))
+    metrics = _best_metrics(run / METRICS)
     manifest = Manifest(
         name=name,
         version=version,
@@ -53,9 +54,12 @@ def export_bundle(run: Path, output: Path, *, name: str, version: int, overwrite
         aspect=facts.aspect,
         elevation=facts.elevation,
         azimuth=facts.azimuth,
+        frame=facts.frame,
+        temperature=metrics.get("temperature", 1.0),
         parent=facts.parent,
         snapshot=facts.snapshot,
-        metrics=_best_metrics(run / METRICS),
+        learned=facts.learned,
+        metrics=metrics,
         code_version=facts.code_version,
     )
     return save_bundle(output, model, manifest, overwrite=overwrite)
@@ -66,4 +70,8 @@ def _best_metrics(path: Path) -> dict[str, float]:
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     best = max(rows, key=lambda row: float(row["miou"])) if "miou" in rows[0] else rows[-1]
-    return {f"validation_{name}" if name == "miou" else name: float(value) for name, value in best.items() if value}
+    return {
+        f"validation_{name}" if name == "miou" else name: float(value)
+        for name, value in best.items()
+        if value and not name.endswith("seconds") and not name.endswith("_per_second")  # of the machine, not the model
+    }

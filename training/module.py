@@ -1,104 +1,208 @@
 """The LightningModule: network, loss, optimiser, and the scores of an epoch."""
 
+import logging
 import math
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sscloud.errors import TrainingError
+from sscloud.frame import Azimuth
+from sscloud.networks import Network
 from sscloud.unet import UNet
-from training.losses import segmentation_loss
+from training.augment import Augment, to_view_frame
+from training.batch import Batch
+from training.calibration import TemperatureGrid
+from training.latitude import row_weights
+from training.losses import Loss
+from training.memory import is_out_of_memory
 from training.metrics import confusion_matrix, score
 
 _WARM_UP = 0.05
 """Share of the steps in which the learning rate rises from zero."""
 
+_CLIP = 1.0
+"""Largest norm of the gradients, as in milesial's train.py."""
+
+_MOST_SKIPPED = 20
+"""Steps in a row without a finite gradient after which training has diverged. Mixed precision in float16 begins with a
+loss scale of 2^16 and halves it at every overflow: up to 16 are nothing."""
+
+log = logging.getLogger(__name__)
+
 
 class SegmentationModule(pl.LightningModule):
-    """Trains a `UNet`; validates with one confusion matrix over all panoramas of all processes.
+    """Trains a network; validates with one confusion matrix over all panoramas of all processes.
 
-    Logs `train_loss` an epoch, `val_loss`, `miou` and `iou_<label id>` at model scale.
+    Logs at every epoch `train_loss`, `val_loss`, `miou`, `iou_<label id>` at model scale, the `temperature` that
+    calibrates the validated weights, and `skipped_steps`: those without a finite gradient, which change nothing.
+
+    A step that runs out of memory is tried again in smaller parts, and at last with activations computed twice.
 
     Args:
-        model: the network; `model.architecture.wrap` decides about the seam.
-        weights: (classes,) of the cross-entropy.
+        model: the network.
+        loss: of the training and the validation.
+        augment: of the training; None for none.
+        view: the azimuth convention by which normals are turned into the view frame; None to leave them as they are.
+        elevation: of the panoramas' top and bottom edge, degrees.
+        latitude_weights: weigh pixels by the solid angle they cover.
         label_ids: label ids of the classes, in the order of the targets' class indices.
         channel_ids: the label id that each channel writes; surplus channels count as what they write.
         learning_rate: peak of the schedule.
         weight_decay: of AdamW.
         steps: optimiser steps of the whole training.
+        accumulate: parts of a batch whose gradients are added up.
     """
 
     def __init__(
         self,
-        model: UNet,
+        model: Network,
         *,
-        weights: Tensor,
+        loss: Loss,
+        augment: Augment | None,
+        view: Azimuth | None,
+        elevation: tuple[float, float],
+        latitude_weights: bool,
         label_ids: tuple[int, ...],
         channel_ids: tuple[int, ...],
         learning_rate: float,
         weight_decay: float,
         steps: int,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model = model
-        self.register_buffer("weights", weights, persistent=False)
-        self.weights: Tensor
+        self.loss = loss
+        self._augment, self._view = augment, view
+        self._elevation, self._latitude_weights = elevation, latitude_weights
         self._label_ids = label_ids
         self._learning_rate, self._weight_decay, self._steps = learning_rate, weight_decay, steps
+        self._parts = accumulate
+        self._skipped = self._skipped_in_a_row = 0
+        self._restore: list[Tensor] = []
         classes = len(label_ids)
         # A channel may write an id that is no class here (void): the last column, always wrong.
         index_of = {label_id: index for index, label_id in enumerate(label_ids)}
         self._class_of = np.array([index_of.get(label_id, classes) for label_id in channel_ids], np.uint8)
-        self.register_buffer("_confusion", torch.zeros(classes, classes + 1, dtype=torch.int64), persistent=False)
-        self.register_buffer("_losses", torch.zeros(2, dtype=torch.float64), persistent=False)  # sum and count
-        self._confusion: Tensor
-        self._losses: Tensor
+        # No buffers: averaging of the weights exchanges those before the epoch's scores are read.
+        self._confusion = np.zeros((classes, classes + 1), np.int64)
+        self._losses = np.zeros(2)  # sum and count
+        self._temperatures = TemperatureGrid()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
-        """Loss of one batch."""
-        images, target = batch
-        loss = segmentation_loss(self._logits(images), target, self.weights)
-        if not torch.isfinite(loss):
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, _index: int) -> None:
+        """One step of the optimiser."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        self._restore = [statistic.clone() for statistic in self._statistics()]
+        loss = self._gradients(batch)
+        optimizer.step()  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr]
+        self.log("skipped_steps", float(self._skipped), on_step=False, on_epoch=True, reduce_fx="max")
+        if math.isfinite(loss):
+            # Not to the loggers by step: each row would be a commit of the tracking store.
+            self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+            size = len(batch.images)
+            self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients; where they are not finite, let the step change nothing.
+
+        Gradients are the same in all processes, so all of them skip the same steps.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters(), _CLIP))
+        if math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            return
+        optimizer.zero_grad()
+        for statistic, before in zip(self._statistics(), self._restore, strict=True):
+            statistic.copy_(before)
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
             raise TrainingError(
-                f"The loss became {loss.item()} in epoch {self.current_epoch + 1}: training diverged. Try a tenth of "
-                "the --learning-rate, or leave out --amp. The checkpoints of the earlier epochs are whole."
+                f"{_MOST_SKIPPED} steps in a row had no finite loss or gradient, the last one in epoch "
+                f"{self.current_epoch + 1}: training diverged. Try a tenth of the --learning-rate, or leave out --amp. "
+                "The checkpoints of the earlier epochs are whole."
             )
-        # Not to the loggers by step: each row would be a commit of the tracking store.
-        self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
-        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Count skipped steps anew."""
+        self._skipped = 0
+
+    def _gradients(self, batch: Batch) -> float:
+        """Add up the gradients of a batch; its loss."""
+        while True:
+            try:
+                return self._backward(batch)
+            except (RuntimeError, MemoryError) as error:
+                # Other processes wait for this one's gradients: it cannot begin again.
+                if not is_out_of_memory(error) or self.trainer.world_size > 1 or not self._back_off(len(batch.images)):
+                    raise
+            # Outside the handler, which keeps the failed step's tensors alive.
+            for statistic, before in zip(self._statistics(), self._restore, strict=True):
+                statistic.copy_(before)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(self, batch: Batch) -> float:
+        self.zero_grad()
+        total = 0.0
+        size = len(batch.images)
+        for part in batch.parts(-(-size // self._parts)):
+            share = len(part.images) / size
+            loss = self._loss_of(part, augment=self._augment)[0] * share
+            self.manual_backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def _back_off(self, size: int) -> bool:
+        """Need less memory from now on; False when nothing is left to be given up."""
+        if self._parts < size:
+            self._parts = min(size, 2 * self._parts)
+            log.warning("Out of memory: going on with batches in %d parts.", self._parts)
+        elif isinstance(self.model, UNet) and not self.model.checkpointing:
+            self.model.checkpointing = True
+            log.warning("Out of memory: going on with activations computed twice (--checkpointing).")
+        else:
+            return False
+        return True
+
+    # --- validation ----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch."""
-        self._confusion.zero_()
-        self._losses.zero_()
+        self._confusion[:] = 0
+        self._losses[:] = 0
+        self._temperatures = TemperatureGrid(self.device)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
+    def validation_step(self, batch: Batch, _index: int) -> None:
         """Count pixels of one panorama."""
-        images, target = batch
-        logits = self._logits(images)
-        loss = segmentation_loss(logits, target, self.weights)
-        self._losses += torch.stack([loss.double(), torch.ones_like(loss.double())])
-        truth = target.to(torch.uint8).cpu().numpy()
+        loss, logits = self._loss_of(batch, augment=None)
+        self._losses += float(loss), 1
+        truth = batch.class_maps.cpu().numpy()
         predicted = self._class_of[logits.argmax(1).cpu().numpy()]
         classes = len(self._label_ids)
-        confusion = confusion_matrix(truth[0], predicted[0], classes + 1)[:classes]
-        self._confusion += torch.from_numpy(confusion).to(self.device)
+        self._confusion += confusion_matrix(truth[0], predicted[0], classes + 1)[:classes]
+        self._temperatures.update(logits, batch.class_maps)
 
     def on_validation_epoch_end(self) -> None:
         """Sum over the processes and log the scores."""
-        confusion = self.trainer.strategy.reduce(self._confusion, reduce_op="sum")
-        losses = self.trainer.strategy.reduce(self._losses, reduce_op="sum")
-        scores = score(confusion.cpu().numpy(), self._label_ids)
-        total, count = losses.tolist()
+        scores = score(self._summed(self._confusion), self._label_ids)
+        total, count = self._summed(self._losses).tolist()
+        grid = self._temperatures
+        likelihoods, pixels = self._summed(grid.sums.cpu().numpy()), self._summed(grid.count.cpu().numpy())
         self.log("val_loss", total / max(count, 1))
         self.log("miou", 0.0 if math.isnan(scores.miou) else scores.miou, prog_bar=True)
+        self.log("temperature", grid.best(torch.from_numpy(likelihoods), float(pixels)))
         for label_id, iou in zip(scores.label_ids, scores.iou.tolist(), strict=True):
             self.log(f"iou_{label_id}", iou)
+
+    # --- both ----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and a cosine to zero, by step."""
@@ -113,6 +217,33 @@ class SegmentationModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images.to(memory_format=torch.channels_last))
-        return logits
+    def _loss_of(self, batch: Batch, *, augment: Augment | None) -> tuple[Tensor, Tensor]:
+        """Loss and logits (N, C, h, w) of a batch as it was loaded."""
+        with torch.no_grad():
+            batch = batch._replace(images=batch.images.float() / 255)
+            if augment is not None:
+                batch = augment(batch)
+            if self._view is not None:
+                images = to_view_frame(batch.images, batch.origins, batch.whole_hw, self._view)
+                batch = batch._replace(images=images)
+        images = batch.images.to(memory_format=torch.channels_last)
+        logits: Tensor = self.model(images, wrap=batch.has_seam)
+        return self.loss(logits, batch.class_maps, self._row_weights(batch)), logits
+
+    def _row_weights(self, batch: Batch) -> Tensor | None:
+        """(N, h) solid angle of a pixel in each row of each image."""
+        if not self._latitude_weights:
+            return None
+        weights = torch.from_numpy(row_weights(batch.whole_hw[0], self._elevation)).float().to(batch.images.device)
+        rows = torch.arange(batch.images.shape[2], device=weights.device)
+        return weights[batch.origins[:, :1].long() + rows]
+
+    def _statistics(self) -> list[Tensor]:
+        """What batch normalisation remembers of the batches."""
+        return list(self.model.buffers())
+
+    def _summed(self, counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Sum over the processes."""
+        on_device = torch.from_numpy(counts).to(self.device)
+        summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
+        return summed.cpu().numpy()

@@ -5,6 +5,7 @@ RUN/
   checkpoints/         last.ckpt (to resume from), best.ckpt (highest mIoU on the validation part)
   metrics.csv          a row an epoch
   bundle/              the best model, ready for `sscloud evaluate`, `predict` and `package`
+  report.html          how it went, on the validation part
 """
 
 import contextlib
@@ -13,15 +14,15 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import psutil
+import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from mlflow.exceptions import MlflowException
@@ -29,42 +30,72 @@ from torch.utils.data import DataLoader
 
 from sscloud.architecture import Architecture, Upsampling
 from sscloud.bundle import ModelBundle
-from sscloud.checkpoint import Checkpoint, channel_ids, load_model, read_checkpoint
-from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
+from sscloud.checkpoint import load_model, read_checkpoint
+from sscloud.errors import ConfigError, DatasetError, SSCloudError, TrainingError
 from sscloud.files import atomic_write
 from sscloud.forward import find_device
+from sscloud.frame import Azimuth, Frame
 from sscloud.image import scaled_size
 from sscloud.inference import is_panorama
 from sscloud.labels import LabelSchema
+from sscloud.networks import Network, build_network, last_convolution
 from sscloud.unet import UNet
 from training import memory
-from training.augment import RollFlip, YawMirror
-from training.callbacks import AtomicCheckpoints, EpochLines, History, MilesialCheckpoints, ProgressBar
+from training.augment import Augment
+from training.azimuth import UndecidedError, facing_share, find_azimuth
+from training.batch import Batch, collate
+from training.callbacks import (
+    AtomicCheckpoints,
+    Averaging,
+    EpochLines,
+    History,
+    MilesialCheckpoints,
+    ProgressBar,
+    Throughput,
+)
 from training.config import CONFIG, Place, RunFacts, TrainConfig, read_run, write_config
+from training.crops import Crops
 from training.dataset import (
     CACHE,
+    FACTS,
     CachedItem,
     DatasetFolder,
     EpochSampler,
     Panoramas,
-    Transform,
     build_cache,
     class_shares,
     learning_parts,
     open_dataset,
     snapshot_of,
 )
-from training.export import BEST, METRICS, export_bundle
-from training.losses import class_weights
+from training.export import BEST, BUNDLE, METRICS, export_bundle
+from training.losses import Loss, class_weights, make_loss
 from training.module import SegmentationModule
+from training.run_report import REPORT, write_run_report
+from training.sync_batch_norm import synchronise
+from training.transfer import transfer
 
-BUNDLE, LAST = "bundle", "checkpoints/last.ckpt"
+LAST = "checkpoints/last.ckpt"
+
+_ENCODER = "resnet34"
+"""Of networks that have one, unless another is asked for."""
+
+_LOOKED_AT = 12
+"""Panoramas in which the azimuth convention is looked for."""
+
+_FACING = 0.9
+"""Share of the returns whose normals face the scanner under the right convention."""
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, place: Place) -> ModelBundle | None:
+def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = None) -> ModelBundle | None:
     """Train a model, or go on with a run that was interrupted.
+
+    Args:
+        config: what determines the result.
+        place: where it happens.
+        folder: the data set, opened already, with a split for every item; None: what `config.dataset` names.
 
     Returns:
         The best model; None in those processes of a distributed run that write nothing.
@@ -80,24 +111,30 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
             f"{place.run} holds a run already. Go on with it by --resume, or name another place with --output."
         )
     find_device(place.device)
-    data = _prepare(config, place)
-    model = _build_model(config, data.folder.schema)
-    label_ids = _channels(model, data.folder.schema)
+    parent = None if config.load is None else _parent(Path(config.load))
+    data = _prepare(config, place, parent, folder)
+    schema = data.folder.schema
+    model = _build_model(config, schema, parent, warn=place.rank == 0)
+    label_ids = _channels(model.architecture.classes, schema)
+    facts = _facts(config, data, model.architecture, label_ids, parent)
     if place.rank == 0:
-        facts = _facts(config, data, model.architecture, label_ids)
         _check_unchanged(place, facts)
         write_config(place.run, config, facts)
-    schema = data.folder.schema
-    weights = class_weights(class_shares(data.training, schema))
+    if place.world_size > 1:
+        synchronise(model, device=find_device(place.device))
     module = SegmentationModule(
         model,
-        # Channels beyond the schema's classes have no pixels; their weight never counts.
-        weights=torch.cat([weights, torch.ones(len(label_ids) - len(weights))]),
+        loss=_loss(config, data, channels=len(label_ids)),
+        augment=_augment(config, facts, warn=place.rank == 0),
+        view=facts.azimuth if facts.frame == "view" else None,
+        elevation=facts.elevation,
+        latitude_weights=config.latitude_weights,
         label_ids=schema.class_ids,
         channel_ids=label_ids,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        steps=config.epochs * -(-len(data.sampler) // config.batch_size),
+        steps=config.epochs * -(-len(data.sampler) // (config.batch_size * config.accumulate)),
+        accumulate=config.accumulate,
     )
     last = place.run / LAST
     _check_memory(config, data, model.architecture, place)
@@ -106,7 +143,7 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
         try:
             trainer.fit(
                 module,
-                _training_batches(config, data, place),
+                _training_batches(config, data),
                 _validation_batches(data, place),
                 ckpt_path=last if place.resume and last.exists() else None,
                 weights_only=True,
@@ -124,7 +161,53 @@ def train(config: TrainConfig, place: Place) -> ModelBundle | None:
             raise KeyboardInterrupt from error
     if not trainer.is_global_zero:
         return None
-    return export_bundle(place.run, place.run / BUNDLE, name=place.name, version=place.version, overwrite=True)
+    bundle = export_bundle(place.run, place.run / BUNDLE, name=place.name, version=place.version, overwrite=True)
+    try:
+        write_run_report(place.run, dataset=data.folder, output=place.run / REPORT, device=place.device)
+    except (SSCloudError, OSError) as error:  # a page is no reason to lose a run
+        log.warning("No report was written: %s", error)
+    return bundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parent:
+    """The model that training starts from."""
+
+    model: Network
+    labels: LabelSchema | None
+    """None for a checkpoint, which knows ids only."""
+    label_ids: tuple[int, ...] | None
+    """Of its channels; None for a checkpoint without them."""
+    scale: float | None
+    frame: Frame
+    title: str
+    learned: frozenset[str]
+    """Digests of what it was trained on."""
+
+
+def _parent(path: Path) -> _Parent:
+    if path.is_dir():
+        bundle = ModelBundle.load(path)
+        manifest = bundle.manifest
+        return _Parent(
+            model=load_model(bundle),
+            labels=manifest.labels,
+            label_ids=manifest.label_ids,
+            scale=manifest.scale,
+            frame=manifest.frame,
+            title=manifest.title,
+            learned=frozenset(manifest.learned),
+        )
+    checkpoint = read_checkpoint(path)
+    return _Parent(
+        model=checkpoint.model,
+        labels=None,
+        label_ids=checkpoint.mask_values,
+        scale=None,
+        frame="scanner",
+        title=path.name,
+        learned=frozenset(),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,69 +217,139 @@ class _Data:
     folder: DatasetFolder
     training: list[CachedItem]
     validation: list[CachedItem]
+    crops: Crops | None
     sampler: EpochSampler
     snapshot: str
+    azimuth: Azimuth | None
+    """Stated, or found in the data; None where neither."""
 
 
-def _prepare(config: TrainConfig, place: Place) -> _Data:
-    whole = open_dataset(Path(config.dataset), labels=Path(config.labels) if config.labels else None)
+def _prepare(config: TrainConfig, place: Place, parent: _Parent | None, folder: DatasetFolder | None) -> _Data:
+    whole = folder or open_dataset(Path(config.dataset), labels=Path(config.labels) if config.labels else None)
     learned, validated = learning_parts(whole, config.validation)
     # Panoramas for test are not even decoded.
-    folder = dataclasses.replace(whole, items=tuple(item for item in whole.items if item.split != "test"))
-    sizes = {item.size_hw for item in folder.items}
-    if config.batch_size > 1 and len(sizes) > 1:
+    used = dataclasses.replace(whole, items=tuple(item for item in whole.items if item.split != "test"))
+    sizes = {item.size_hw for item in used.items}
+    if config.batch_size * config.accumulate > 1 and config.crop is None and len(sizes) > 1:
         raise DatasetError(
-            f"{folder.path} holds panoramas of {len(sizes)} sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}), "
-            "which do not fit in one batch. Use --batch-size 1."
+            f"{used.path} holds panoramas of {len(sizes)} sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}), "
+            "which do not fit in one batch. Use --batch-size 1, or cut them with --crop."
         )
-    crops = [item.name for item in folder.items if not is_panorama(item.size_hw, folder.aspect)]
+    crops = [item.name for item in used.items if not is_panorama(item.size_hw, used.aspect)]
     if crops and (config.wrap or config.augment):
         raise DatasetError(
-            f"{len(crops)} of the {len(folder.items)} images of {folder.path} have another aspect than "
-            f"{folder.aspect:g} ({', '.join(crops[:5])}{', …' if len(crops) > 5 else ''}): they are crops, or "
+            f"{len(crops)} of the {len(used.items)} images of {used.path} have another aspect than "
+            f"{used.aspect:g} ({', '.join(crops[:5])}{', …' if len(crops) > 5 else ''}): they are crops, or "
             "scans with another elevation range, and have no seam to wrap. Keep them in a data set of their own, or "
             "train with --no-wrap --no-augment."
         )
-    items = build_cache(
-        folder,
-        scale=config.scale,
-        resample=config.resample,
-        folder=place.cache or folder.path / CACHE,
-        quiet=place.rank > 0,
-    )
+    cache = place.cache or used.path / CACHE
+    items = build_cache(used, scale=config.scale, resample=config.resample, folder=cache, quiet=place.rank > 0)
     cached = {item.name: item for item in items}
+    training = [cached[item.name] for item in learned]
+    windows = None
+    if config.crop is not None:
+        windows = Crops(
+            training,
+            used.schema,
+            crop=config.crop,
+            rare_crops=config.rare_crops,
+            seed=config.seed,
+            wrap=not crops,
+        )
+    known = [] if parent is None else [place for place, item in enumerate(training) if item.digest in parent.learned]
+    if parent is not None and parent.learned and place.rank == 0:
+        log.warning(
+            "%s has learned from %d of the %d panoramas; %d are new or corrected since.",
+            parent.title, len(known), len(training), len(training) - len(known),
+        )  # fmt: skip
     return _Data(
-        folder=folder,
-        training=[cached[item.name] for item in learned],
+        folder=used,
+        training=training,
         validation=[cached[item.name] for item in validated],
-        sampler=EpochSampler(len(learned), seed=config.seed, rank=place.rank, world_size=place.world_size),
-        snapshot=snapshot_of(folder, items),
+        crops=windows,
+        sampler=EpochSampler(
+            len(training) if windows is None else len(windows),
+            seed=config.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+            known=known if windows is None else [],
+            replay=config.replay,
+        ),
+        snapshot=snapshot_of(used, items),
+        azimuth=_azimuth(config, used, training, warn=place.rank == 0) if not crops else None,
     )
 
 
-def _training_batches(config: TrainConfig, data: _Data, place: Place) -> DataLoader[Any]:
-    # Reading a memory-mapped item takes well under a millisecond: worker processes would cost more than they give.
-    transform = _transform(config, data.folder, warn=place.rank == 0) if config.augment else None
-    items = Panoramas(data.training, data.folder.schema, transform=transform, seed=config.seed)
-    return DataLoader(items, config.batch_size, sampler=data.sampler)
-
-
-def _transform(config: TrainConfig, folder: DatasetFolder, *, warn: bool) -> Transform | None:
-    """What augmentation is right for this data; none where normals cannot be turned correctly."""
+def _azimuth(config: TrainConfig, folder: DatasetFolder, items: list[CachedItem], *, warn: bool) -> Azimuth | None:
+    """The azimuth convention: as stated, else as found in the data."""
     facts = folder.facts
     if facts.encoding == "rgb":
-        return RollFlip()
-    if facts.azimuth is not None and config.resample == "valid-area":
-        return YawMirror(facts.azimuth)
-    reason = (
-        f"{folder.path} states no azimuth convention (in dataset.yaml, for example azimuth: {{direction: 1, "
-        "column_0: 0.0})"
-        if facts.azimuth is None
-        else "bicubic scaling blends normals with black, and such pixels cannot be turned"
-    )
+        return facts.azimuth
+    elevation = _elevation(folder)
+    images = (np.load(item.image, mmap_mode="r") for item in items[:_LOOKED_AT])
+    if facts.azimuth is not None:
+        shares = [facing_share(image, facts.azimuth, elevation) for image in images]
+        if warn and (share := float(np.median(shares))) < _FACING:
+            log.warning(
+                "%s states azimuth %s, by which only %.0f %% of the returns face the scanner; above %.0f %% are "
+                "expected. Is it right for these scans?",
+                folder.path / FACTS, facts.azimuth, 100 * share, 100 * _FACING,
+            )  # fmt: skip
+        return facts.azimuth
+    try:
+        found = find_azimuth(images, elevation)
+    except UndecidedError as error:
+        if warn:
+            log.warning("%s Panoramas are neither turned nor mirrored.", error)
+        return None
     if warn:
-        log.warning("Panoramas are neither turned nor mirrored: %s.", reason)
-    return None
+        log.warning(
+            "The azimuth convention was found in the data: direction %+d, column 0 at %g degrees. To settle it, write "
+            "azimuth: {direction: %d, column_0: %g} into %s.",
+            found.direction, found.column_0, found.direction, found.column_0, folder.path / FACTS,
+        )  # fmt: skip
+    return found
+
+
+def _elevation(folder: DatasetFolder) -> tuple[float, float]:
+    # Without a statement, square pixels from the zenith down: +90 to -90 for 2:1, less for scanners with a cone.
+    return folder.facts.elevation or (90.0, max(-90.0, 90.0 - 360.0 / folder.aspect))
+
+
+def _training_batches(config: TrainConfig, data: _Data) -> DataLoader[Batch]:
+    # Reading a memory-mapped item takes well under a millisecond: worker processes would cost more than they give.
+    items = Panoramas(
+        data.training,
+        data.folder.schema,
+        encoding=data.folder.facts.encoding,
+        crops=data.crops,
+        seed=config.seed,
+    )
+    return DataLoader(items, config.batch_size * config.accumulate, sampler=data.sampler, collate_fn=collate)
+
+
+def _loss(config: TrainConfig, data: _Data, *, channels: int) -> Loss:
+    # Channels beyond the schema's classes have no pixels; their weight never counts.
+    weights = torch.ones(channels)
+    if config.class_weights == "smoothed":
+        found = class_weights(class_shares(data.training, data.folder.schema))
+        weights[: len(found)] = found
+    return make_loss(config.loss, weights=weights, label_smoothing=config.label_smoothing)
+
+
+def _augment(config: TrainConfig, facts: RunFacts, *, warn: bool) -> Augment | None:
+    """What augmentation is right for this data; none where normals cannot be turned correctly."""
+    if not config.augment:
+        return None
+    if facts.encoding == "normals" and (facts.azimuth is None or config.resample != "valid-area"):
+        if warn and facts.azimuth is not None:
+            log.warning(
+                "Panoramas are neither turned nor mirrored: bicubic scaling blends normals with black, and such pixels "
+                "cannot be turned."
+            )
+        return None
+    return Augment(encoding=facts.encoding, azimuth=facts.azimuth, elevation=facts.elevation, tilt=config.tilt)
 
 
 def _validation_batches(data: _Data, place: Place) -> DataLoader[Any] | None:
@@ -207,59 +360,81 @@ def _validation_batches(data: _Data, place: Place) -> DataLoader[Any] | None:
     # are ratios, which counting everything several times does not change.
     shared = len(data.validation) >= place.world_size
     mine = data.validation[place.rank :: place.world_size] if shared else data.validation
-    return DataLoader(Panoramas(mine, data.folder.schema), 1)
+    items = Panoramas(mine, data.folder.schema, encoding=data.folder.facts.encoding)
+    return DataLoader(items, 1, collate_fn=collate)
 
 
-def _build_model(config: TrainConfig, schema: LabelSchema) -> UNet:
-    """A new network, or the one that `load` names."""
+def _build_model(config: TrainConfig, schema: LabelSchema, parent: _Parent | None, *, warn: bool) -> Network:
+    """A new network, or one that goes on from another."""
     classes = config.classes or len(schema.classes)
     if classes < len(schema.classes):
         raise ConfigError(
             f"--classes {classes} is less than the {len(schema.classes)} labels of the schema "
             f"({', '.join(label.name for label in schema.classes)}). Leave --classes out, or shorten the schema."
         )
-    upsampling: Upsampling = "transposed"
-    if config.bilinear:
-        upsampling = "bilinear" if config.wrap else "bilinear-aligned"
-    architecture = Architecture(classes=classes, base_width=config.base_width, upsampling=upsampling, wrap=config.wrap)
     torch.manual_seed(config.seed)
-    model = UNet(architecture)
-    if config.load is None:
-        return model
-    path = Path(config.load)
-    loaded, ids = _loaded(path, schema, scale=config.scale)
-    wanted = tuple(schema.class_ids) + (0,) * (classes - len(schema.classes))
-    if ids != wanted:
-        raise BundleError(
-            f"{path} writes the label ids {list(ids)}, the data set's schema asks for {list(wanted)}. "
-            "Use the schema it was trained with, or train a new model."
-        )
-    found = loaded.architecture
-    if (found.base_width, found.upsampling == "transposed") != (architecture.base_width, upsampling == "transposed"):
-        raise BundleError(
-            f"{path} holds a network of base width {found.base_width} with {found.upsampling} up-sampling; asked for "
-            f"were {architecture.base_width} and {upsampling}. Set --base-width and --bilinear as it was trained."
-        )
-    model.load_state_dict(loaded.state_dict())
+    model = build_network(
+        _architecture(config, classes),
+        pretrained=config.pretrained and parent is None,
+    )
+    if parent is not None:
+        _go_on_from(parent, config, model, schema, warn=warn)
+    if config.checkpointing:
+        if not isinstance(model, UNet):
+            raise ConfigError(f"--checkpointing is for unets; --architecture {config.family} keeps its activations.")
+        model.checkpointing = True
     return model
 
 
-def _loaded(path: Path, schema: LabelSchema, *, scale: float) -> tuple[UNet, tuple[int, ...]]:
-    if path.is_dir():
-        bundle = ModelBundle.load(path)
-        if bundle.manifest.scale != scale:
-            log.warning(
-                "%s was trained at scale %g, this run is at %g. To build on what it saw, add --scale %g.",
-                path, bundle.manifest.scale, scale, bundle.manifest.scale,
-            )  # fmt: skip
-        return load_model(bundle), bundle.manifest.label_ids
-    checkpoint = read_checkpoint(path)
-    return checkpoint.model, channel_ids(checkpoint, schema, source=str(path))
+def _architecture(config: TrainConfig, classes: int) -> Architecture:
+    upsampling: Upsampling = "transposed"
+    if config.bilinear:
+        upsampling = "bilinear" if config.wrap else "bilinear-aligned"
+    return Architecture(
+        classes=classes,
+        base_width=config.base_width,
+        upsampling=upsampling,
+        wrap=config.wrap,
+        family=config.family,
+        encoder=None if config.family == "unet" else config.encoder or _ENCODER,
+    )
 
 
-def _channels(model: UNet, schema: LabelSchema) -> tuple[int, ...]:
-    """The label id of every channel."""
-    return channel_ids(Checkpoint(model=model, mask_values=schema.class_ids), schema, source="--classes")
+def _go_on_from(parent: _Parent, config: TrainConfig, model: Network, schema: LabelSchema, *, warn: bool) -> None:
+    """Take over a trained network's weights, by the names of the labels."""
+    if warn and parent.scale is not None and parent.scale != config.scale:
+        log.warning(
+            "%s was trained at scale %g, this run is at %g. To build on what it saw, add --scale %g.",
+            parent.title, parent.scale, config.scale, parent.scale,
+        )  # fmt: skip
+    if warn and parent.label_ids is None:
+        log.warning(
+            "%s has no mask_values: its channels are given the labels in the order of the schema.", parent.title
+        )
+    head = last_convolution(model)
+    transferred = transfer(
+        parent.model.state_dict(),
+        source_labels=parent.labels,
+        source_ids=parent.label_ids or _channels(parent.model.architecture.classes, schema),
+        target=model,
+        target_ids=_channels(model.architecture.classes, schema),
+        target_labels=schema,
+        source_name=parent.title,
+        head=next(name for name, module in model.named_modules() if module is head),
+    )
+    if warn and (transferred.dropped or any(label.sources != (label.name,) for label in transferred.labels)):
+        log.warning("%s", transferred.describe())
+
+
+def _channels(classes: int, schema: LabelSchema) -> tuple[int, ...]:
+    """The label id of every channel: the schema's classes, and 0 for what is left."""
+    ids = schema.class_ids[:classes] + (0,) * (classes - len(schema.class_ids))
+    if schema.by_id(0) is None and 0 in ids:
+        raise ConfigError(
+            f"A network of {classes} channels writes the label id 0 beyond the {len(schema.classes)} labels of the "
+            "schema, which has no such label. Leave --classes out, or add a label with the id 0 (a background)."
+        )
+    return ids
 
 
 def _check_unchanged(place: Place, facts: RunFacts) -> None:
@@ -282,35 +457,63 @@ def _check_unchanged(place: Place, facts: RunFacts) -> None:
         )
 
 
-def _facts(config: TrainConfig, data: _Data, architecture: Architecture, label_ids: tuple[int, ...]) -> RunFacts:
-    facts, aspect = data.folder.facts, data.folder.aspect
-    parent = None
-    if config.load is not None:
-        folder = Path(config.load)
-        parent = ModelBundle.load(folder).manifest.title if folder.is_dir() else folder.name
+def _facts(
+    config: TrainConfig,
+    data: _Data,
+    architecture: Architecture,
+    label_ids: tuple[int, ...],
+    parent: _Parent | None,
+) -> RunFacts:
+    facts = data.folder.facts
+    digests = {item.digest for item in data.training} | (parent.learned if parent else set())
     return RunFacts(
         snapshot=data.snapshot,
         architecture=architecture,
         labels=data.folder.schema,
         label_ids=label_ids,
         encoding=facts.encoding,
-        aspect=aspect,
-        # Without a statement, square pixels from the zenith down: +90 to -90 for 2:1, less for scanners with a cone.
-        elevation=facts.elevation or (90.0, max(-90.0, 90.0 - 360.0 / aspect)),
-        azimuth=facts.azimuth,
-        parent=parent,
+        aspect=data.folder.aspect,
+        elevation=_elevation(data.folder),
+        azimuth=data.azimuth,
+        frame=_frame(config, data, parent),
+        parent=parent.title if parent else None,
+        learned=tuple(sorted(digests)),
     )
+
+
+def _frame(config: TrainConfig, data: _Data, parent: _Parent | None) -> Frame:
+    """The frame that was asked for, or the best one that the data allow."""
+    possible = data.folder.facts.encoding == "normals" and data.azimuth is not None and config.resample == "valid-area"
+    if config.frame == "view" and not possible:
+        raise ConfigError(
+            f"--frame view needs panoramas of normals whose azimuth convention is known, and --resample valid-area. "
+            f"{data.folder.path} has {data.folder.facts.encoding}, azimuth "
+            f"{'known' if data.azimuth else 'not known: state it in dataset.yaml'}. Use --frame scanner."
+        )
+    if config.frame is not None:
+        return config.frame
+    if parent is not None:  # what it saw
+        return parent.frame if possible else "scanner"
+    return "view" if possible else "scanner"
 
 
 def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, validated: bool) -> pl.Trainer:
     callbacks: list[pl.Callback] = [
-        ProgressBar() if os.isatty(2) else EpochLines(),
+        *([ProgressBar()] if os.isatty(2) else []),
+        Throughput(),
+        EpochLines(),
         History(place.run / METRICS),
         # Two, because one with save_last writes last.ckpt only when the best one improves; their modes tell their
         # states apart.
         _checkpoint(place.run / BEST, monitor="miou" if validated else None, mode="max"),
         _checkpoint(place.run / LAST, monitor=None, mode="min"),
     ]
+    if config.ema:
+        callbacks.append(Averaging(config.ema))
+    if config.patience is not None and validated:
+        callbacks.append(
+            EarlyStopping("miou", mode="max", patience=config.patience, check_on_train_epoch_end=True, verbose=False)
+        )
     if place.checkpoints is not None:
         callbacks.append(MilesialCheckpoints(place.checkpoints, label_ids))
     device = find_device(place.device)
@@ -324,7 +527,6 @@ def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, v
         logger=_loggers(config, place),
         callbacks=callbacks,
         plugins=[AtomicCheckpoints()],
-        gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -369,11 +571,61 @@ def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
     return loggers
 
 
+def planned(config: TrainConfig, place: Place, *, auto: Collection[str]) -> tuple[TrainConfig, memory.Plan]:
+    """Choose scale or batch size so that training fits the device, by crops and activations computed twice if need be.
+
+    Args:
+        config: with any value for what is to be chosen.
+        place: whose device, or memory, is planned for.
+        auto: "scale", "batch_size", or both.
+
+    Returns:
+        The configuration, and the reasons.
+
+    Raises:
+        TrainingError: nothing fits.
+        DatasetError: the data set cannot be opened.
+    """
+    folder = open_dataset(Path(config.dataset), labels=Path(config.labels) if config.labels else None)
+    plan = memory.plan(
+        _architecture(config, config.classes or len(folder.schema.classes)),
+        full_hw=_largest(folder),
+        available=_device_memory(place),
+        amp=config.amp,
+        scale=None if "scale" in auto else config.scale,
+        batch_size=None if "batch_size" in auto else config.batch_size,
+        crop=config.crop,
+        checkpointing=config.checkpointing,
+        ema=config.ema > 0,
+    )
+    chosen = dataclasses.replace(
+        config,
+        scale=plan.scale,
+        batch_size=plan.batch_size,
+        crop=plan.crop,
+        accumulate=config.accumulate * plan.accumulate,
+        checkpointing=plan.checkpointing,
+    )
+    return chosen, plan
+
+
 def _check_memory(config: TrainConfig, data: _Data, architecture: Architecture, place: Place) -> None:
     """Refuse what cannot fit in this machine's memory: Linux would kill the process in the middle, without a word."""
     if find_device(place.device).type == "cpu":
-        size_hw = scaled_size(_largest(data), config.scale)
-        if memory.step_bytes(architecture, config.batch_size, size_hw, amp=config.amp) > _device_memory(place.device):
+        panorama_hw = scaled_size(_largest(data.folder), config.scale)
+        size_hw = panorama_hw
+        if config.crop is not None:
+            size_hw = min(config.crop[0], panorama_hw[0]), min(config.crop[1], panorama_hw[1])
+        needed = memory.step_bytes(
+            architecture,
+            config.batch_size,
+            size_hw,
+            amp=config.amp,
+            checkpointing=config.checkpointing,
+            has_seam=size_hw[1] == panorama_hw[1],
+            ema=config.ema > 0,
+        )
+        if needed > _device_memory(place):
             raise TrainingError(f"Not enough memory. {_advice(config, data, architecture, place)}")
 
 
@@ -381,23 +633,25 @@ def _advice(config: TrainConfig, data: _Data, architecture: Architecture, place:
     return memory.advise(
         architecture,
         config.batch_size,
-        _largest(data),
+        _largest(data.folder),
         config.scale,
         amp=config.amp,
-        available=_device_memory(place.device),
+        available=_device_memory(place),
+        crop=config.crop,
+        checkpointing=config.checkpointing,
+        ema=config.ema > 0,
     )
 
 
-def _largest(data: _Data) -> tuple[int, int]:
-    return max((item.size_hw for item in data.folder.items), key=lambda size: size[0] * size[1])
+def _largest(folder: DatasetFolder) -> tuple[int, int]:
+    return max((item.size_hw for item in folder.items), key=lambda size: size[0] * size[1])
 
 
-def _device_memory(name: str) -> int:
-    """Bytes that training may use on a device."""
-    device = find_device(name)
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return psutil.virtual_memory().available
+def _device_memory(place: Place) -> int:
+    """Bytes that training may use."""
+    if place.memory is not None:
+        return int(place.memory * 2**30)
+    return memory.available_bytes(find_device(place.device))
 
 
 @contextlib.contextmanager

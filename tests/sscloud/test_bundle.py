@@ -16,9 +16,9 @@ import torch
 from sscloud import checkpoint as module
 from sscloud.architecture import Architecture
 from sscloud.bundle import MANIFEST, WEIGHTS, Manifest, ModelBundle, channels_to_label_map
-from sscloud.frame import Azimuth
 from sscloud.checkpoint import channel_ids, load_model, read_checkpoint, save_bundle, save_checkpoint
 from sscloud.errors import BundleError, ConfigError
+from sscloud.frame import Azimuth
 from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
 

@@ -14,7 +14,7 @@ from sscloud.bundle import Manifest, ModelBundle
 from sscloud.checkpoint import load_model, save_bundle
 from sscloud.errors import ConfigError
 from sscloud.forward import TorchForward, find_dtype, to_input
-from sscloud.tiles import Tile, plan_tiles
+from sscloud.tiles import Tile, plan_blended, plan_tiles
 from sscloud.unet import UNet
 
 CPU = torch.device("cpu")
@@ -115,12 +115,18 @@ class TestTiles:
         columns = np.flatnonzero((forward.logits(image, wrap=False) != forward.logits(changed, wrap=False)).any((0, 1)))
         assert REACH / 2 < max(320 - columns.min(), columns.max() - 320) <= REACH
 
-    def test_aligned_upsampling_is_never_cut(self, make_bundle: MakeBundle) -> None:
-        """There every logit depends on the size of the whole."""
+    def test_aligned_upsampling_is_blended_where_memory_is_short(self, make_bundle: MakeBundle) -> None:
+        """There every logit depends on the size of the whole: no tile has the exact ones."""
         bundle = make_bundle(Architecture(classes=6, base_width=2, upsampling="bilinear-aligned", wrap=False))
-        forward = TorchForward(bundle, device=CPU, precision="fp32", max_bytes=1)
-        found = forward.logits(noise((330, 40)), wrap=False)
-        np.testing.assert_allclose(found, plain_logits(bundle, noise((330, 40)), wrap=False), rtol=1e-4, atol=1e-3)
+        image = noise((128, 160)).repeat(4, axis=0).repeat(4, axis=1)
+        whole = plain_logits(bundle, image, wrap=False)
+        forward = TorchForward(bundle, device=CPU, precision="fp32")
+        np.testing.assert_allclose(forward.logits(image, wrap=False), whole, rtol=1e-4, atol=1e-3)
+        tiles = plan_blended((512, 640), max_pixels=300 * 300, wrap=False)
+        assert len(tiles) > 1
+        found = limit(forward, 300 * 300).logits(image, wrap=False)
+        np.testing.assert_allclose(np.exp(found).sum(axis=0), 1, rtol=1e-5)
+        assert 0.8 < (found.argmax(axis=0) == whole.argmax(axis=0)).mean() < 1
 
     def test_one_where_everything_fits(self) -> None:
         (tile,) = plan_tiles((409, 819), max_pixels=409 * 819, wrap=True)

@@ -46,8 +46,11 @@ class TestRules:
             ({"labels": {"a": 1}}, "'labels' must be a list"),
             (
                 {"labels": [A], "classes": 3},
-                r"the schema has unknown keys \['classes'\]; known are \['labels', 'void'\]",
+                r"the schema has unknown keys \['classes'\]; known are \['labels', 'no_return', 'void'\]",
             ),
+            ({"labels": [A], "no_return": "black"}, "'no_return' says.*expected one of label, void, found 'black'"),
+            ({"labels": [A], "no_return": None}, "'no_return' says.*found None"),
+            ({"labels": [A], "no_return": ["void"]}, r"'no_return' says.*found \['void'\]"),
             ({"labels": [A], 7: 3}, r"the schema has unknown keys \['7'\]"),
             ({"labels": ["Земля"]}, "label 1 must be a mapping of keys to values, found str"),
             ({"labels": [A, {**B, "colour": "#010203"}]}, r"label 2 has unknown keys \['colour'\]"),
@@ -108,6 +111,20 @@ class TestRules:
 
     def test_white_space_in_names_is_tidied(self) -> None:
         assert schema({**A, "name": "  Малые \t архитектурные\nформы "}).labels[0].name == "Малые архитектурные формы"
+
+
+class TestNoReturn:
+    def test_keeps_its_label_unless_the_schema_says_void(self) -> None:
+        assert not schema(A).no_return_void
+        assert not schema(A, no_return="label").no_return_void
+        assert schema(A, no_return="void").no_return_void
+
+    @pytest.mark.parametrize("value", ["label", "void"])
+    def test_survives_a_file(self, tmp_path: Path, value: str) -> None:
+        original = schema(A, B, no_return=value)
+        (tmp_path / "labels.yaml").write_text(original.to_yaml(), encoding="utf-8")
+        assert LabelSchema.from_yaml(tmp_path / "labels.yaml") == original
+        assert ("no_return" in original.to_dict()) == (value == "void")
 
 
 class TestFile:

@@ -286,3 +286,86 @@ class TestBuild:
         architecture = architecture_of(state, wrap=False, source="a.pth")
         with pytest.raises(BundleError, match=r"inc\.double_conv\.1\.weight: missing"):
             build(architecture, state, source="a.pth")
+
+
+class TestCheckpointing:
+    """Activations computed twice: the same training, in less memory."""
+
+    @staticmethod
+    def step(model: UNet, x: Tensor, *, wrap: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Logits, gradients and statistics after one backward pass in training."""
+        model.zero_grad()
+        logits = model.train()(x, wrap=wrap)
+        weights = torch.rand(logits.shape, generator=torch.Generator().manual_seed(2), dtype=logits.dtype)
+        (logits.softmax(1) * weights).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return logits.detach(), gradients, {name: b.clone() for name, b in model.named_buffers()}
+
+    @pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
+    @pytest.mark.parametrize("wrap", [True, False])
+    @pytest.mark.parametrize("size_hw", [(32, 64), (35, 51)])
+    def test_logits_gradients_and_statistics_are_the_same(
+        self, upsampling: Upsampling, wrap: bool, size_hw: tuple[int, int], make_unet: MakeUNet
+    ) -> None:
+        plain, twice = (make_unet(Architecture(classes=3, base_width=4, upsampling=upsampling)) for _ in range(2))
+        twice.checkpointing = True
+        x = torch.rand(2, 3, *size_hw, generator=torch.Generator().manual_seed(1))
+        for _ in range(2):
+            for expected, found in zip(self.step(plain, x, wrap=wrap), self.step(twice, x, wrap=wrap), strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        batches = [b for name, b in twice.named_buffers() if name.endswith("num_batches_tracked")]
+        assert {int(b) for b in batches} == {3}  # one when the fixture gave it statistics, two here
+
+    def test_normalisation_works_as_before_afterwards(self, make_unet: MakeUNet) -> None:
+        model = make_unet(Architecture(classes=3, base_width=4))
+        model.checkpointing = True
+        x = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(1))
+        self.step(model, x, wrap=True)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert {norm.momentum for norm in norms} == {0.1}
+        assert all(isinstance(norm.num_batches_tracked, Tensor) for norm in norms)
+
+    def test_a_failed_backward_pass_leaves_normalisation_as_it_was(self, make_unet: MakeUNet) -> None:
+        model = make_unet(Architecture(classes=3, base_width=4)).train()
+        model.checkpointing = True
+        logits = model(torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(1)))
+        model.up4.up.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            logits.sum().backward()
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert {norm.momentum for norm in norms} == {0.1}
+
+    def test_it_is_no_part_of_the_weights(self, make_unet: MakeUNet) -> None:
+        model = make_unet(Architecture(classes=3, base_width=4))
+        names = list(model.state_dict())
+        model.checkpointing = True
+        assert list(model.state_dict()) == names
+        assert not UNet(model.architecture).checkpointing
+
+    def test_without_gradients_nothing_changes(self, make_unet: MakeUNet) -> None:
+        model = make_unet(Architecture(classes=3, base_width=4))
+        x = torch.rand(1, 3, 40, 81, generator=torch.Generator().manual_seed(1))
+        expected = run(model, x)
+        model.checkpointing = True
+        assert torch.equal(run(model, x), expected)
+
+    @pytest.mark.parametrize("wrap", [True, False])
+    def test_a_quarter_is_kept_for_the_backward_pass(self, wrap: bool) -> None:
+        def kept(*, checkpointing: bool) -> int:
+            with torch.device("meta"):
+                model = UNet(Architecture(classes=6, wrap=wrap))
+                x = torch.empty(1, 3, 256, 512)
+            model.checkpointing = checkpointing
+            owned = {p.untyped_storage()._cdata for p in model.parameters()}
+            saved: dict[int, Tensor] = {}
+
+            def keep(tensor: Tensor) -> Tensor:
+                saved[tensor.untyped_storage()._cdata] = tensor
+                return tensor
+
+            # Inside a level, checkpoint sets its own hooks; these see the levels' inputs.
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model(x)
+            return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in owned)
+
+        assert 0 < kept(checkpointing=True) < 0.25 * kept(checkpointing=False)

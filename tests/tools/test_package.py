@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import segmentation_standin
 import torch
 import yaml
 from numpy.typing import NDArray
@@ -22,11 +23,14 @@ from sscloud.bundle import WEIGHTS, Manifest, ModelBundle
 from sscloud.checkpoint import load_model, save_bundle
 from sscloud.errors import BundleError, ConfigError, ImageError
 from sscloud.labels import LabelSchema
+from sscloud.networks import build_network
 from sscloud.openvino_forward import RANGES, OpenVinoForward
 from sscloud.unet import UNet
 from tools.commands import package as verb
 from tools.function_folder import (
     OPENVINO_TEMPLATE,
+    TEMPLATES,
+    add_build_steps,
     check_name,
     describe,
     fill_template,
@@ -256,6 +260,46 @@ class TestOpenVino:
         printed = capsys.readouterr().out
         assert "OpenVINO's logits differ" in printed
         assert "In int8" in printed
+
+
+class TestOtherFamilies:
+    @pytest.fixture
+    def other_bundle(self, bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelBundle:
+        monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", segmentation_standin)
+        architecture = Architecture(classes=6, family="segformer", encoder="mit_b0")
+        manifest = dataclasses.replace(bundle.manifest, architecture=architecture)
+        return save_bundle(tmp_path / "other", build_network(architecture), manifest)
+
+    @pytest.mark.parametrize("name", TEMPLATES)
+    def test_the_library_is_installed_last(
+        self, other_bundle: ModelBundle, bundle: ModelBundle, tmp_path: Path, name: str
+    ) -> None:
+        package(other_bundle.path, tmp_path / "function")
+        package(bundle.path, tmp_path / "unet")
+        found, unet = ((tmp_path / folder / name).read_text(encoding="utf-8") for folder in ("function", "unet"))
+        added = [line[2:] for line in difflib.ndiff(unet.splitlines(), found.splitlines()) if line[0] in "+-?"]
+        assert len(added) == 4, "nothing else changes"
+        steps, others = (yaml.safe_load(text)["spec"]["build"]["directives"]["preCopy"] for text in (found, unet))
+        assert steps[: len(others)] == others
+        assert [step["kind"] for step in steps[len(others) :]] == ["RUN", "RUN"]
+        torchvision, library = (step["value"] for step in steps[len(others) :])
+        assert re.fullmatch(r"pip install segmentation-models-pytorch==\d+\.\d+\.\d+ timm==\d+\.\d+\.\d+", library)
+        (torch_step,) = (step["value"] for step in others if "torch==" in step["value"])
+        # torch 2.N and torchvision 0.(N + 15) are made for each other, and come from one index.
+        minor, patch, rest = re.fullmatch(r"pip install torch==2\.(\d+)\.(\d+)(.*)", torch_step).groups()  # type: ignore[union-attr]
+        assert torchvision == f"pip install torchvision==0.{int(minor) + 15}.{patch}{rest}"
+
+    def test_openvino_is_for_unets(self, other_bundle: ModelBundle, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"other holds a network 'segformer'; OpenVINO computes unets only here"):
+            package(other_bundle.path, tmp_path / "function", backend="openvino")
+        assert not (tmp_path / "function").exists()
+
+    @pytest.mark.parametrize(
+        "text", ["a: 1", "spec: {build: {directives: 3}}", "spec: {build: {directives: {preCopy: x}}}"]
+    )
+    def test_a_yaml_without_steps(self, text: str) -> None:
+        with pytest.raises(KeyError, match=r"spec\.build\.directives\.preCopy"):
+            add_build_steps(text, ["true"])
 
 
 class TestNames:

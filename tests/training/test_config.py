@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from sscloud.architecture import Architecture
-from sscloud.frame import Azimuth
 from sscloud.errors import ConfigError
+from sscloud.frame import Azimuth
 from sscloud.labels import LabelSchema
 from training.config import Place, RunFacts, TrainConfig, read_run, resumed_config, write_config
 

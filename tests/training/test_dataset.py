@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sscloud.frame import Azimuth
 from sscloud.errors import ConfigError, DatasetError, SchemaError
+from sscloud.frame import Azimuth
 from sscloud.image import read_label_map
 from sscloud.labels import LabelSchema
 from training import dataset
+from training.batch import collate
 from training.dataset import (
     CachedItem,
     EpochSampler,
@@ -309,36 +310,67 @@ def test_sampler_deals_everything_out(world_size: int, size: int) -> None:
         assert len(dealt) == len(set(dealt))
 
 
+def test_sampler_replays_a_share_of_what_is_known() -> None:
+    known = {0, 1, 2, 3, 4, 5}
+    sampler = EpochSampler(10, seed=7, known=known, replay=1 / 3)
+    epochs = []
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        epochs.append([place for _, place in sampler])
+
+    assert len(sampler) == 6
+    assert all(len(set(places)) == 6 and {6, 7, 8, 9} < set(places) for places in epochs)
+    assert {place for places in epochs for place in places} == set(range(10))  # another share every time
+    assert len(EpochSampler(3, seed=7, known={0, 1, 2}, replay=0.0)) == 1
+    assert len(EpochSampler(10, seed=7, known=known, replay=0.0)) == 4
+
+
 def test_panoramas(make_dataset: MakeDataset) -> None:
     root = make_dataset(2)
     items, schema = cache(root), open_dataset(root).schema
     plain = Panoramas(items, schema)
 
-    image, target = plain[1]
+    batch = plain[1]
 
     assert len(plain) == 2
-    assert (tuple(image.shape), str(image.dtype)) == ((3, 32, 64), "torch.float32")
-    assert (tuple(target.shape), str(target.dtype)) == ((32, 64), "torch.int64")
-    np.testing.assert_allclose(image.permute(1, 2, 0) * 255, np.load(items[1].image), atol=1e-4)
-    assert (schema.label_map(target.numpy().astype(np.uint8)) == np.load(items[1].mask)).all()
+    assert (tuple(batch.images.shape), str(batch.images.dtype)) == ((1, 3, 32, 64), "torch.uint8")
+    assert (tuple(batch.class_maps.shape), str(batch.class_maps.dtype)) == ((1, 32, 64), "torch.uint8")
+    assert (batch.origins.tolist(), batch.whole_hw) == ([[0.0, 0.0]], (32, 64))
+    assert (batch.images[0].permute(1, 2, 0).numpy() == np.load(items[1].image)).all()
+    assert (schema.label_map(batch.class_maps[0].numpy()) == np.load(items[1].mask)).all()
+    together = collate([plain[0], batch])
+    assert tuple(together.images.shape) == (2, 3, 32, 64)
+    assert (together.draws[1:] == batch.draws).all()
+    assert [len(part.images) for part in together.parts(1)] == [1, 1]
 
 
-def test_augmentation_depends_on_seed_and_index_only(make_dataset: MakeDataset) -> None:
+def test_draws_depend_on_seed_and_index_only(make_dataset: MakeDataset) -> None:
     root = make_dataset(2)
     items, schema = cache(root), open_dataset(root).schema
-    drawn: list[float] = []
 
-    def draw(image: np.ndarray, class_map: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        drawn.append(rng.random())
-        return image, class_map
-
-    for seed, indices in ((1, [0, 1, (1, 0), (1, 1)]), (1, [(1, 1), (0, 0)]), (2, [0])):
-        panoramas = Panoramas(items, schema, transform=draw, seed=seed)
-        for index in indices:
-            panoramas[index]
+    drawn = [
+        tuple(Panoramas(items, schema, seed=seed)[index].draws[0].tolist())
+        for seed, index in ((1, 0), (1, 1), (1, (1, 0)), (1, (1, 1)), (1, (1, 1)), (1, (0, 0)), (2, 0))
+    ]
 
     assert drawn[4:6] == [drawn[3], drawn[0]]
-    assert len(set(drawn)) == 5  # another number for every epoch, place and seed
+    assert len(set(drawn)) == 5  # others for every epoch, place and seed
+    assert all(0 <= number < 1 for numbers in drawn for number in numbers)
+
+
+def test_no_returns_are_void_where_the_schema_says_so(make_dataset: MakeDataset) -> None:
+    root = make_dataset(1)
+    items, schema = cache(root), open_dataset(root).schema
+    black = np.load(items[0].image).max(axis=2) == 0
+
+    kept = Panoramas(items, schema)[0].class_maps[0].numpy()
+    void = Panoramas(items, replace(schema, no_return_void=True))[0].class_maps[0].numpy()
+    colours = Panoramas(items, replace(schema, no_return_void=True), encoding="rgb")[0].class_maps[0].numpy()
+
+    assert 0 < black.sum() < black.size
+    assert (void == np.where(black, 255, kept)).all()
+    assert (kept < 255).all()
+    assert (colours == kept).all()  # black is a colour
 
 
 def freeze(root: Path, *, pinned: dict[str, Split] | None = None, **plan: Any) -> Manifest:

@@ -1,25 +1,32 @@
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_jaccard_index
 
 from sscloud.architecture import Architecture
 from sscloud.bundle import Manifest, ModelBundle
 from sscloud.checkpoint import save_bundle
-from sscloud.errors import DatasetError, ImageError, SchemaError
+from sscloud.errors import ConfigError, DatasetError, ImageError, SchemaError
 from sscloud.image import read_image, read_label_map
 from sscloud.inference import Predictor
 from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
+from training.boundary import boundary_counts
+from training.calibration import Reliability, reliability
 from training.dataset import open_dataset
-from training.evaluate import evaluate, scores_table, scores_to_dict
+from training.evaluate import evaluate, scores_table, scores_to_dict, summarise
+from training.latitude import row_weights
+from training.metrics import weighted_confusion_matrix
 
 MakeDataset = Callable[..., Path]
 
@@ -145,13 +152,118 @@ def test_unknown_ids_and_nothing_to_compare(make_dataset: MakeDataset, ground_bu
         evaluate(ground_bundle, open_dataset(root), device="cpu")
 
 
+def test_pixels_without_a_return_are_void_where_the_schema_says_so(
+    make_dataset: MakeDataset, ground_bundle: ModelBundle
+) -> None:
+    root = make_dataset(1)  # its upper 20 rows are black but for the bush, and labelled background
+    with_sky = evaluate(ground_bundle, open_dataset(root), device="cpu")
+    schema = replace(LabelSchema.default(), no_return_void=True)
+    (root / "labels.yaml").write_text(schema.to_yaml(), encoding="utf-8")
+
+    without = evaluate(ground_bundle, open_dataset(root), device="cpu")
+
+    black = (read_image(root / "imgs/1_normals.png") == 0).all(-1)
+    assert black.sum() == 20 * 128
+    assert with_sky.scores.confusion.sum() - without.scores.confusion.sum() == black.sum()
+    assert without.scores.share[0] == 0
+    assert without.reliability.count.sum() == without.scores.confusion.sum()
+    (root / "dataset.yaml").write_text("encoding: rgb\n")
+    assert evaluate(ground_bundle, open_dataset(root), device="cpu").scores.share[0] > 0  # there black is a colour
+
+
+def test_weighted_boundary_and_calibration(make_dataset: MakeDataset, tiny_bundle: ModelBundle) -> None:
+    data = open_dataset(make_dataset(2))
+    data = replace(data, facts=replace(data.facts, elevation=(90.0, -60.0)))
+
+    evaluation = evaluate(tiny_bundle, data, device="cpu")
+
+    classes = LabelSchema.default()
+    weighted, boundary, sure = np.zeros((6, 6)), np.zeros((6, 2)), Reliability.nothing()
+    predictor = Predictor(tiny_bundle, device="cpu", precision="fp32")
+    for item in data.items:
+        segmentation = predictor.predict(read_image(item.image))
+        truth, predicted = classes.class_map(read_label_map(item.mask)), classes.class_map(segmentation.label_map)
+        weights = row_weights(64, (90.0, -60.0))
+        weighted += weighted_confusion_matrix(truth, predicted, 6, row_weights=weights)[1]
+        boundary += boundary_counts(truth, predicted, 6, distance=1, wrap=True)
+        sure += reliability(segmentation, truth, predicted)
+    np.testing.assert_allclose(evaluation.weighted.confusion, weighted)
+    np.testing.assert_allclose(evaluation.boundary_iou, boundary[:, 0] / boundary[:, 1])
+    assert evaluation.reliability.error == pytest.approx(sure.error)
+    assert evaluation.summary() == {
+        **evaluation.scores.summary(),
+        "weighted_miou": evaluation.weighted.miou,
+        "mean_boundary_iou": pytest.approx(np.nanmean(evaluation.boundary_iou)),
+        "calibration_error": evaluation.reliability.error,
+    }
+
+
+def test_a_crop_is_not_weighted(
+    tmp_path: Path, make_panorama: Callable[..., NDArray[np.uint8]], tiny_bundle: ModelBundle
+) -> None:
+    root = tmp_path / "crops"
+    for folder, picture in (("imgs", make_panorama((64, 80))), ("masks", np.full((64, 80), 2, np.uint8))):
+        (root / folder).mkdir(parents=True)
+        Image.fromarray(picture).save(root / folder / "1.png")
+
+    evaluation = evaluate(tiny_bundle, open_dataset(root), device="cpu")
+
+    np.testing.assert_array_equal(evaluation.weighted.confusion, evaluation.scores.confusion)
+
+
+def test_intervals_hold_the_scores_and_go_by_groups(make_dataset: MakeDataset, tiny_bundle: ModelBundle) -> None:
+    data = open_dataset(make_dataset(6))
+
+    single = evaluate(tiny_bundle, data, device="cpu")
+    pairs = summarise(
+        single.labels,
+        [replace(panorama, group=str(number // 2)) for number, panorama in enumerate(single.panoramas)],
+    )
+
+    assert single.intervals is not None
+    assert pairs.intervals is not None
+    assert (single.intervals.groups, pairs.intervals.groups) == (6, 3)
+    for intervals in (single.intervals, pairs.intervals):
+        low, high = intervals.miou
+        assert low < single.scores.miou < high
+        seen = ~np.isnan(single.scores.iou)
+        np.testing.assert_array_equal(~np.isnan(intervals.iou[:, 0]), seen)
+        assert (intervals.iou[seen, 0] <= single.scores.iou[seen]).all()
+        assert (intervals.dice[seen, 1] >= single.scores.dice[seen]).all()
+    assert pairs.scores.miou == single.scores.miou
+    assert pairs.intervals.miou != single.intervals.miou
+
+
+def test_one_group_has_no_intervals(make_dataset: MakeDataset, ground_bundle: ModelBundle) -> None:
+    evaluation = evaluate(ground_bundle, open_dataset(make_dataset(2)), device="cpu", group_by="normals")
+
+    assert evaluation.intervals is None
+    assert scores_to_dict(evaluation)["intervals"] is None
+    assert scores_table(evaluation).splitlines()[-1].startswith("No intervals: all panoramas are of one group")
+    assert "[" not in scores_table(evaluation)
+
+
+def test_turns_reach_the_predictor(make_dataset: MakeDataset, tiny_bundle: ModelBundle) -> None:
+    data = open_dataset(make_dataset(1))
+
+    with pytest.raises(ConfigError, match=r"turns .*found 0"):
+        evaluate(tiny_bundle, data, device="cpu", turns=0)
+
+
 def test_table_and_json(make_dataset: MakeDataset, ground_bundle: ModelBundle) -> None:
     evaluation = evaluate(ground_bundle, open_dataset(make_dataset(2)), device="cpu")
 
     lines = scores_table(evaluation).splitlines()
-    assert lines[0].split() == ["class", "id", "share", "IoU", "Dice", "precision", "recall"]
-    assert next(line for line in lines if "Обстановка" in line).split()[3:] == ["—"] * 4
-    assert f"mIoU {evaluation.scores.miou:.3f}" in lines[-1]
+    assert lines[0].split() == ["class", "id", "share", "IoU", "Dice", "boundary", "precision", "recall"]
+    assert next(line for line in lines if "Обстановка" in line).split()[3:] == ["—"] * 5
+    assert re.search(r"Земля +2 +\d+\.\d\d%  0\.\d{3} \[0\.\d\d–0\.\d\d\]  ", "\n".join(lines))
+    assert f"mIoU {evaluation.scores.miou:.3f} [" in lines[-3]
+    assert f"weighted mIoU {evaluation.weighted.miou:.3f}" in lines[-2]
+    assert f"calibration error {evaluation.reliability.error:.3f}" in lines[-2]
+    assert lines[-1] == (
+        "Intervals hold 95% of 1000 resamples of 2 groups of panoramas. So few groups make them too narrow."
+    )
+    assert max(map(len, lines)) <= 100
     data = scores_to_dict(evaluation)
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     by_id = {entry["id"]: entry for entry in data["classes"]}
@@ -160,3 +272,28 @@ def test_table_and_json(make_dataset: MakeDataset, ground_bundle: ModelBundle) -
     assert by_id[2]["recall"] == 1
     assert sum(map(sum, data["confusion"])) == 2 * 64 * 128
     assert not math.isnan(data["miou"])
+    assert by_id[2]["boundary_iou"] == 0  # all is ground: no contour is met
+    assert by_id[66]["boundary_iou"] is None
+    low, high = by_id[2]["iou_interval"]
+    assert low <= by_id[2]["iou"] <= high
+    assert by_id[66]["iou_interval"] == [None, None]
+    assert data["intervals"]["groups"] == 2
+    assert data["calibration_error"] == evaluation.reliability.error
+    assert sum(data["reliability"]["count"]) == 2 * 64 * 128
+    assert np.sum([entry["confusion"] for entry in data["panoramas"]], axis=0).tolist() == data["confusion"]
+
+
+def test_long_names_fit_in_the_table(make_dataset: MakeDataset, ground_bundle: ModelBundle) -> None:
+    root = make_dataset(2)
+    entries = [
+        replace(label, name=f"{label.name} с очень длинным названием", aliases=(label.name,))
+        for label in LabelSchema.default().labels
+    ]
+    (root / "labels.yaml").write_text(LabelSchema(labels=tuple(entries)).to_yaml(), encoding="utf-8")
+    evaluation = evaluate(ground_bundle, open_dataset(root), device="cpu")
+    evaluation = replace(evaluation, labels=tuple(entries))
+
+    lines = scores_table(evaluation).splitlines()
+
+    assert max(map(len, lines)) <= 100
+    assert "Растительность с очень …" in "\n".join(lines)

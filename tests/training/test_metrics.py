@@ -10,7 +10,8 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from training.metrics import confusion_matrix, score
+from training.latitude import row_weights
+from training.metrics import confusion_matrix, score, weighted_confusion_matrix
 
 CLASSES = 5
 
@@ -112,6 +113,40 @@ def test_panoramas_add_up() -> None:
     whole = confusion_matrix(*(np.vstack(pair) for pair in zip(first, second, strict=True)), CLASSES)
 
     np.testing.assert_array_equal(whole, confusion_matrix(*first, CLASSES) + confusion_matrix(*second, CLASSES))
+
+
+def test_weighted_rows() -> None:
+    truth, predicted = maps(3)
+    weights = row_weights(len(truth), (90.0, -60.0))
+
+    plain, weighted = weighted_confusion_matrix(truth, predicted, CLASSES, row_weights=weights)
+
+    np.testing.assert_array_equal(plain, confusion_matrix(truth, predicted, CLASSES))
+    assert plain.dtype == np.int64
+    expected = np.zeros((CLASSES, CLASSES))
+    for y, x in zip(*np.nonzero(truth != 255), strict=True):
+        expected[truth[y, x], predicted[y, x]] += weights[y]
+    np.testing.assert_allclose(weighted, expected)
+    scores = score(weighted, range(CLASSES))
+    assert scores.miou == pytest.approx(scores.iou.mean())
+    assert scores.miou != score(plain, range(CLASSES)).miou
+    assert scores.confusion.dtype == np.float64
+
+
+def test_a_pixel_at_the_zenith_weighs_less_than_one_at_the_horizon() -> None:
+    truth = np.zeros((8, 4), np.uint8)
+    zenith, horizon = truth.copy(), truth.copy()
+    zenith[0] = 1
+    horizon[4] = 1
+    weights = row_weights(8, (90.0, -90.0))
+
+    at_zenith, at_horizon = (
+        score(weighted_confusion_matrix(truth, wrong, 2, row_weights=weights)[1], (0, 1)).iou[0]
+        for wrong in (zenith, horizon)
+    )
+
+    assert at_zenith == pytest.approx(1 - (1 - np.cos(np.pi / 8)) / 2)  # the polar cap's part of the sphere
+    assert at_horizon < 7 / 8 < at_zenith
 
 
 def test_wrong_input() -> None:

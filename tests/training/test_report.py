@@ -17,18 +17,8 @@ from sscloud import files
 from sscloud.errors import ImageError
 from sscloud.labels import LabelSchema
 from training.metrics import confusion_matrix, score
-from training.report import (
-    PICTURE_WIDTH,
-    DemoReport,
-    Example,
-    Split,
-    Stage,
-    _bytes,
-    _seconds,
-    _ticks,
-    render_demo_report,
-    write_demo_report,
-)
+from training.page import PICTURE_WIDTH
+from training.report import DemoReport, Example, Split, Stage, render_demo_report, write_demo_report
 
 VOID_ELEMENTS = {"meta", "link", "img", "br", "hr", "input"}
 ATTACK = "<script>alert('x')</script>\"'><img src=http://evil.example/x onerror=1>"
@@ -263,24 +253,3 @@ def test_writing_is_atomic(schema: LabelSchema, tmp_path: Path, monkeypatch: pyt
         write_demo_report(path, make_report(schema, title="another"))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.034, "0.03 s"), (9.96, "10.0 s"), (59.94, "59.9 s"), (59.96, "1:00 min"), (183.4, "3:03 min")],
-)
-def test_seconds(value: float, text: str) -> None:
-    assert _seconds(value) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(17, "17 B"), (1234, "1 kB"), (2_345_678, "2.3 MB")])
-def test_bytes(value: float, text: str) -> None:
-    assert _bytes(value) == text
-
-
-@pytest.mark.parametrize("high", [1e-6, 0.03, 0.31, 1.0, 1.7, 9.99, 1234.0])
-def test_ticks_are_few_and_reach_the_top(high: float) -> None:
-    ticks = _ticks(0.0, high)
-    assert 3 <= len(ticks) <= 6
-    assert ticks[0] == 0
-    assert ticks[-1] >= high * (1 - 1e-6)
