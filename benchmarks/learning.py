@@ -12,7 +12,9 @@ everything.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import logging
 import os
@@ -21,7 +23,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,9 @@ PLAIN, DEFAULTS = "plain recipe", "SSCloud's defaults"
 
 AXES: Mapping[str, Mapping[str, Any]] = {
     DEFAULTS: {},
-    "no yaw, no mirror": {"augment": False},
-    "scanner's frame, yaw and mirror": {"frame": "scanner"},
-    "scanner's frame, no yaw, no mirror": {"frame": "scanner", "augment": False},
+    "no yaw and mirror": {"augment": False},
+    "scanner's frame": {"frame": "scanner"},
+    "scanner's frame without yaw and mirror": {"frame": "scanner", "augment": False},
     "no wrap": {"wrap": False},
     "tilt up to 5°": {"tilt": 5.0},
     "no class weights": {"class_weights": "none"},
@@ -60,8 +62,8 @@ AXES: Mapping[str, Mapping[str, Any]] = {
     "latitude weights": {"latitude_weights": True},
     "weight average 0.99": {"ema": 0.99},
     "no weight average": {"ema": 0.0},
-    "crops, half of them for rare classes": {"crop": (128, 192), "rare_crops": 0.5, "batch_size": 2},
-    "crops, uniform": {"crop": (128, 192), "rare_crops": 0.0, "batch_size": 2},
+    "crops half for rare classes": {"crop": (128, 192), "rare_crops": 0.5, "batch_size": 2},
+    "uniform crops": {"crop": (128, 192), "rare_crops": 0.0, "batch_size": 2},
     "batches of two": {"batch_size": 2},
     "learning rate 3e-4": {"learning_rate": 3e-4},
     "learning rate 3e-3": {"learning_rate": 3e-3},
@@ -72,8 +74,8 @@ AXES: Mapping[str, Mapping[str, Any]] = {
 SHOWN = (
     PLAIN,
     DEFAULTS,
-    "scanner's frame, yaw and mirror",
-    "scanner's frame, no yaw, no mirror",
+    "scanner's frame",
+    "scanner's frame without yaw and mirror",
     "no wrap",
     "no class weights",
     "cross-entropy alone",
@@ -87,11 +89,9 @@ Result = dict[str, Any]
 class Setting:
     """What all recipes share."""
 
-    learned: Path
-    """Data set to train on and to choose the epoch by."""
+    learned: DatasetFolder
+    """To train on; every fourth item is for choosing the epoch."""
     unseen: DatasetFolder
-    validation: float
-    """Percent of the panoramas."""
     scale: float
     base_width: int
     device: str
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each recipe (default: 3)")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="of a training (default: 60)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the budget, the same for all but the plain")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of SSCloud's recipes, instead of the budget")
     parser.add_argument(
         "--only", metavar="NAME,NAME", help=f"recipes: all, or of {PLAIN!r}, {', '.join(map(repr, AXES))}"
     )
@@ -140,9 +140,8 @@ def compare(cache: Path, work: Path, args: argparse.Namespace) -> Result:
     """Train every recipe with every seed, and print what came of it."""
     names = SHOWN if args.only is None else (PLAIN, *AXES) if args.only == "all" else tuple(args.only.split(","))
     setting = Setting(
-        learned=scenes(cache, args.scenes, seed=11, width=args.width),
+        learned=dealt(scenes(cache, args.scenes, seed=11, width=args.width)),
         unseen=open_dataset(scenes(cache, args.unseen, seed=1_000_011, width=args.width)),
-        validation=25.0,
         scale=args.scale,
         base_width=args.base_width,
         device=args.device,
@@ -180,10 +179,17 @@ def scenes(cache: Path, count: int, *, seed: int, width: int) -> Path:
     return folder
 
 
+def dealt(folder: Path) -> DatasetFolder:
+    """The data set with splits: every fourth panorama is for validation."""
+    found = open_dataset(folder)
+    items = (replace(item, split="validation" if place % 4 == 3 else "train") for place, item in enumerate(found.items))
+    return replace(found, items=tuple(items))
+
+
 def plain(setting: Setting, work: Path, seed: int) -> Result:
     """The other side."""
-    folder = open_dataset(setting.learned)
-    training, validation = learning_parts(folder, setting.validation)
+    folder = setting.learned
+    training, validation = learning_parts(folder)
     run = train_plain(
         training,
         validation,
@@ -214,15 +220,16 @@ def ours(setting: Setting, work: Path, seed: int, changes: Mapping[str, Any]) ->
 def fit(setting: Setting, run: Path, *, seed: int, epochs: int, changes: Mapping[str, Any]) -> ModelBundle:
     """Train with an empty cache."""
     values: dict[str, Any] = {
-        "dataset": str(setting.learned),
-        "validation": setting.validation,
+        "dataset": str(setting.learned.path),
         "scale": setting.scale,
         "base_width": setting.base_width,
         "epochs": epochs,
         "seed": seed,
         **changes,
     }
-    bundle = train(TrainConfig(**values), Place(run=run, device=setting.device, cache=run.with_name("cache")))
+    place = Place(run=run, device=setting.device, cache=run.with_name("cache"))
+    with contextlib.redirect_stderr(io.StringIO()):  # its line an epoch
+        bundle = train(TrainConfig(**values), place, folder=setting.learned)
     shutil.rmtree(run.with_name("cache"))
     if bundle is None:
         raise SystemExit("Start this without torchrun.")
@@ -304,17 +311,16 @@ def goals(summaries: Mapping[str, Result], rarest: Sequence[str]) -> list[str]:
 def speed(cache: Path, work: Path, args: argparse.Namespace) -> Result:
     """Images a second while training on full-size sources, both sides in turns; the best round of each."""
     setting = Setting(
-        learned=scenes(cache, _SOURCES, seed=21, width=8192),
+        learned=dealt(scenes(cache, _SOURCES, seed=21, width=8192)),
         unseen=open_dataset(scenes(cache, 1, seed=22, width=256)),
-        validation=25.0,
         scale=0.1,
         base_width=args.base_width,
         device=args.device,
         budget=float("inf"),
         epochs=None,
     )
-    folder = open_dataset(setting.learned)
-    training, validation = learning_parts(folder, setting.validation)
+    folder = setting.learned
+    training, validation = learning_parts(folder)
     theirs, rows = [], []
     for _ in range(args.seeds):
         run = train_plain(

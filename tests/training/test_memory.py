@@ -176,7 +176,7 @@ class TestPlan:
     def test_the_largest_scale_whose_crops_show_a_quarter_of_the_height(self) -> None:
         assert self.plan(8).scale == 1.0
         assert (self.plan(4).scale, self.plan(4).crop) == (0.5, (512, 1024))
-        assert (self.plan(2).scale, self.plan(2).crop) == (0.1, None)
+        assert (self.plan(2.4).scale, self.plan(2.4).crop) == (0.1, None)
 
     def test_a_batch_that_does_not_fit_is_divided(self) -> None:
         found = self.plan(16, scale=0.1, batch_size=12)
