@@ -62,8 +62,8 @@ AXES: Mapping[str, Mapping[str, Any]] = {
     "latitude weights": {"latitude_weights": True},
     "weight average 0.99": {"ema": 0.99},
     "no weight average": {"ema": 0.0},
-    "crops half for rare classes": {"crop": (128, 192), "rare_crops": 0.5, "batch_size": 2},
-    "uniform crops": {"crop": (128, 192), "rare_crops": 0.0, "batch_size": 2},
+    "crops half for rare classes": {"crop": (64, 128), "rare_crops": 0.5, "batch_size": 2},
+    "uniform crops": {"crop": (64, 128), "rare_crops": 0.0, "batch_size": 2},
     "batches of two": {"batch_size": 2},
     "learning rate 3e-4": {"learning_rate": 3e-4},
     "learning rate 3e-3": {"learning_rate": 3e-3},
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=16, metavar="N", help="to learn from (default: 16)")
     parser.add_argument("--unseen", type=int, default=48, metavar="N", help="to measure on (default: 48)")
     parser.add_argument("--width", type=int, default=2048, metavar="PIXELS", help="of the scenes (default: 2048)")
-    parser.add_argument("--scale", type=float, default=0.2, metavar="F", help="default: 0.2")
+    parser.add_argument("--scale", type=float, default=0.125, metavar="F", help="default: 0.125")
     parser.add_argument("--base-width", type=int, default=16, metavar="N", help="of the network (default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda … (default: auto)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep scenes there (default: made anew each time)")

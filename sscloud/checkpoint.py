@@ -68,7 +68,8 @@ def save_bundle(path: Path, model: Network, manifest: Manifest, *, overwrite: bo
 def save_checkpoint(path: Path, model: UNet, label_ids: Sequence[int]) -> None:
     """Write a `.pth` as milesial's train.py does: the state dict plus `mask_values`."""
     buffer = io.BytesIO()
-    torch.save({**model.state_dict(), "mask_values": [int(i) for i in label_ids]}, buffer)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    torch.save({**state, "mask_values": [int(i) for i in label_ids]}, buffer)
     atomic_write(path, buffer.getvalue())
 
 

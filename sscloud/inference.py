@@ -1,5 +1,6 @@
 """Predictor: a panorama → class map and confidence, as the bundle says."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from sscloud.image import MAX_PIXELS, decode_image, image_size_of, read_image, r
 from sscloud.stages import Stages
 from sscloud.turns import TurnedForward
 from sscloud.upsample import Interpolated, class_map, top_probability
+
+log = logging.getLogger(__name__)
 
 ASPECT_TOLERANCE = 0.02
 """Relative deviation of an image's aspect from the bundle's up to which it is taken for a panorama."""
@@ -151,13 +154,9 @@ class Predictor:
                     least_hw = scaled_size(full_hw, min(1.0, 2 * manifest.scale))
                 image = decode_image(image, max_pixels=max_pixels, least_hw=least_hw)
             size_hw = full_hw or (image.shape[0], image.shape[1])
-            input_hw = self._input_size(size_hw)
         with clock("resize"):
-            scaled = resize_image(image, input_hw, resample=manifest.resample, encoding=manifest.encoding)
+            scaled, wrap = network_input(image, manifest, size_hw=size_hw)
             del image  # the largest array of all, and needed no more
-            if manifest.frame == "view" and manifest.azimuth is not None and is_panorama(size_hw, manifest.aspect):
-                scaled = to_view_frame(scaled, manifest.azimuth)
-        wrap = manifest.architecture.wrap and is_panorama(size_hw, manifest.aspect)
         with clock("forward"):
             logits = self._forward.logits(scaled, wrap=wrap)
         with clock("upsample"):
@@ -169,16 +168,42 @@ class Predictor:
                 wrapped=wrap,
             )
 
-    def _input_size(self, size_hw: tuple[int, int]) -> tuple[int, int]:
-        scale = self.bundle.manifest.scale
-        input_hw = scaled_size(size_hw, scale)
-        if min(input_hw) < STRIDE:
-            least = math.ceil(STRIDE / scale)
-            raise ImageError(
-                f"The image is {size_hw[1]}x{size_hw[0]} pixels, too small for this model: at scale {scale:g} "
-                f"it needs at least {least} pixels on each side."
-            )
-        return input_hw
+
+def network_input(
+    image: NDArray[np.uint8], manifest: Manifest, *, size_hw: tuple[int, int]
+) -> tuple[NDArray[np.uint8], bool]:
+    """An image as a bundle's network sees it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, perhaps decoded at a fraction of its size.
+        manifest: of the bundle.
+        size_hw: the image's size before that.
+
+    Returns:
+        (h, w, 3) uint8, and whether its columns are a full turn for the network.
+
+    Raises:
+        ImageError: too small for the model.
+    """
+    input_hw = scaled_size(size_hw, manifest.scale)
+    if min(input_hw) < STRIDE:
+        least = math.ceil(STRIDE / manifest.scale)
+        raise ImageError(
+            f"The image is {size_hw[1]}x{size_hw[0]} pixels, too small for this model: at scale {manifest.scale:g} "
+            f"it needs at least {least} pixels on each side."
+        )
+    scaled = resize_image(image, input_hw, resample=manifest.resample, encoding=manifest.encoding)
+    whole = is_panorama(size_hw, manifest.aspect)
+    if manifest.frame == "view" and manifest.azimuth is not None:
+        if whole:
+            scaled = to_view_frame(scaled, manifest.azimuth)
+        else:
+            log.warning(
+                "An image of %dx%d pixels is no whole panorama of aspect %g: the azimuth of its columns is not known, "
+                "and its normals stay in the scanner's frame, which %s has not learned.",
+                size_hw[1], size_hw[0], manifest.aspect, manifest.title,
+            )  # fmt: skip
+    return scaled, whole and manifest.architecture.wrap
 
 
 def is_panorama(size_hw: tuple[int, int], aspect: float) -> bool:

@@ -9,12 +9,11 @@ import openvino as ov
 import torch
 from numpy.typing import NDArray
 
-from sscloud.architecture import STRIDE
 from sscloud.bundle import ModelBundle
 from sscloud.checkpoint import load_model
 from sscloud.errors import BundleError, ImageError
-from sscloud.image import read_image, resize_image, scaled_size
-from sscloud.inference import is_panorama
+from sscloud.image import read_image
+from sscloud.inference import network_input
 from sscloud.openvino_forward import OpenVinoForward, build_graph, quantised, write_ranges
 
 LARGEST_ERROR = 1e-3
@@ -138,11 +137,8 @@ def _with_zero(low: float, high: float) -> tuple[float, float]:
 
 def _network_input(bundle: ModelBundle, file: Path) -> tuple[NDArray[np.uint8], bool]:
     """An image as the network sees it, and whether it is a full turn."""
-    manifest = bundle.manifest
     image = read_image(file)
-    size_hw = (image.shape[0], image.shape[1])
-    input_hw = scaled_size(size_hw, manifest.scale)
-    if min(input_hw) < STRIDE:
-        raise ImageError(f"{file} is {size_hw[1]}x{size_hw[0]} pixels, too small for this model. Leave it out.")
-    scaled = resize_image(image, input_hw, resample=manifest.resample, encoding=manifest.encoding)
-    return scaled, manifest.architecture.wrap and is_panorama(size_hw, manifest.aspect)
+    try:
+        return network_input(image, bundle.manifest, size_hw=(image.shape[0], image.shape[1]))
+    except ImageError as error:
+        raise ImageError(f"{file}: {error} Leave it out.") from error

@@ -75,7 +75,7 @@ class SegmentationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last)
         self.loss = loss
         self._augment, self._view = augment, view
         self._elevation, self._latitude_weights = elevation, latitude_weights

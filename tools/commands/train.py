@@ -280,6 +280,8 @@ def run(args: argparse.Namespace) -> int:
         processes_per_node=local,
         nodes=processes // local,
     )
+    if args.pth_checkpoints is not None:
+        given.setdefault("frame", "scanner")  # such a file cannot say in which other frame it sees normals
     auto = {name for name, value in given.items() if value == AUTO}
     given = {name: value for name, value in given.items() if name not in auto}
     config = resumed_config(output, given) if resume else TrainConfig(**given)
