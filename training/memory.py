@@ -1,5 +1,6 @@
 """How much memory a training step needs, counted without running it, and what to choose so that it fits."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sscloud.architecture import STRIDE, Architecture
 from sscloud.errors import TrainingError
 from sscloud.image import scaled_size
-from sscloud.networks import build_network
+from sscloud.networks import Network, build_network
 from sscloud.unet import UNet
 from training.losses import make_loss
 
@@ -114,8 +115,16 @@ def _count(
 def _count_once(
     architecture: Architecture, size_hw: tuple[int, int], *, amp: bool, checkpointing: bool, has_seam: bool
 ) -> _Counted:
-    with FakeTensorMode():
-        model = build_network(architecture)
+    mode = FakeTensorMode()
+    if architecture.family == "unet":
+        with mode:
+            model: Network = build_network(architecture)
+    else:  # some encoders compute with numbers while they are built, which fakes do not have
+        with torch.random.fork_rng(devices=[]):
+            real = build_network(architecture)
+        with FakeCopyMode(mode):
+            model = copy.deepcopy(real)
+    with mode:
         if isinstance(model, UNet):
             model.checkpointing = checkpointing
         loss = make_loss("ce+dice", weights=torch.ones(architecture.classes))

@@ -7,11 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sscloud.errors import TrainingError
 from sscloud.frame import Azimuth
 from sscloud.networks import Network
+from sscloud.tiles import MAX_BYTES, pixels_within, plan_blended, plan_tiles, run_blended, run_in_tiles
 from sscloud.unet import UNet
 from training.augment import Augment, to_view_frame
 from training.batch import Batch
@@ -30,6 +32,9 @@ _CLIP = 1.0
 _MOST_SKIPPED = 20
 """Steps in a row without a finite gradient after which training has diverged. Mixed precision in float16 begins with a
 loss scale of 2^16 and halves it at every overflow: up to 16 are nothing."""
+
+_BAND_PIXELS = 1 << 22
+"""That are scored at once in validation."""
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ class SegmentationModule(pl.LightningModule):
         weight_decay: of AdamW.
         steps: optimiser steps of the whole training.
         accumulate: parts of a batch whose gradients are added up.
+        tile_bytes: memory for the activations of a panorama that is validated; larger ones are cut into tiles.
     """
 
     def __init__(
@@ -72,16 +78,19 @@ class SegmentationModule(pl.LightningModule):
         weight_decay: float,
         steps: int,
         accumulate: int = 1,
+        tile_bytes: int = MAX_BYTES,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack the form
+        self.model = model
         self.loss = loss
         self._augment, self._view = augment, view
         self._elevation, self._latitude_weights = elevation, latitude_weights
         self._label_ids = label_ids
         self._learning_rate, self._weight_decay, self._steps = learning_rate, weight_decay, steps
         self._parts = accumulate
+        self._tile_bytes = tile_bytes
         self._skipped = self._skipped_in_a_row = 0
         self._restore: list[Tensor] = []
         classes = len(label_ids)
@@ -155,7 +164,9 @@ class SegmentationModule(pl.LightningModule):
         size = len(batch.images)
         for part in batch.parts(-(-size // self._parts)):
             share = len(part.images) / size
-            loss = self._loss_of(part, augment=self._augment)[0] * share
+            seen = self._seen(part, augment=self._augment)
+            logits = self._logits(seen.images, wrap=seen.has_seam)
+            loss = self.loss(logits, seen.class_maps, self._row_weights(seen)) * share
             self.manual_backward(loss)
             total += float(loss.detach())
         return total
@@ -182,13 +193,23 @@ class SegmentationModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, _index: int) -> None:
         """Count pixels of one panorama."""
-        loss, logits = self._loss_of(batch, augment=None)
-        self._losses += float(loss), 1
-        truth = batch.class_maps.cpu().numpy()
-        predicted = self._class_of[logits.argmax(1).cpu().numpy()]
+        batch = self._seen(batch, augment=None)
+        logits = self._whole_logits(batch.images, wrap=batch.has_seam)
+        weights = self._row_weights(batch)
+        height, width = batch.whole_hw
         classes = len(self._label_ids)
-        self._confusion += confusion_matrix(truth[0], predicted[0], classes + 1)[:classes]
-        self._temperatures.update(logits, batch.class_maps)
+        rows = max(1, _BAND_PIXELS // width)
+        for top in range(0, height, rows):  # whole panoramas at full detail have gigabytes of probabilities
+            band = slice(top, top + rows)
+            part = logits[:, :, band].to(self.device)
+            target = batch.class_maps[:, band]
+            share = target.shape[1] / height
+            self._losses[0] += share * float(self.loss(part, target, None if weights is None else weights[:, band]))
+            predicted = self._class_of[part.argmax(1).cpu().numpy()]
+            truth = target.cpu().numpy()
+            self._confusion += confusion_matrix(truth[0], predicted[0], classes + 1)[:classes]
+            self._temperatures.update(part, target)
+        self._losses[1] += 1
 
     def on_validation_epoch_end(self) -> None:
         """Sum over the processes and log the scores."""
@@ -217,18 +238,40 @@ class SegmentationModule(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _loss_of(self, batch: Batch, *, augment: Augment | None) -> tuple[Tensor, Tensor]:
-        """Loss and logits (N, C, h, w) of a batch as it was loaded."""
-        with torch.no_grad():
-            batch = batch._replace(images=batch.images.float() / 255)
-            if augment is not None:
-                batch = augment(batch)
-            if self._view is not None:
-                images = to_view_frame(batch.images, batch.origins, batch.whole_hw, self._view)
-                batch = batch._replace(images=images)
-        images = batch.images.to(memory_format=torch.channels_last)
-        logits: Tensor = self.model(images, wrap=batch.has_seam)
-        return self.loss(logits, batch.class_maps, self._row_weights(batch)), logits
+    @torch.no_grad()
+    def _seen(self, batch: Batch, *, augment: Augment | None) -> Batch:
+        """A batch as it was loaded → as the network sees it."""
+        batch = batch._replace(images=batch.images.float() / 255)
+        if augment is not None:
+            batch = augment(batch)
+        if self._view is None:
+            return batch
+        return batch._replace(images=to_view_frame(batch.images, batch.origins, batch.whole_hw, self._view))
+
+    def _logits(self, images: Tensor, *, wrap: bool) -> Tensor:
+        logits: Tensor = self.model(images.to(memory_format=torch.channels_last), wrap=wrap)
+        return logits
+
+    def _whole_logits(self, images: Tensor, *, wrap: bool) -> Tensor:
+        """Logits of one panorama, in tiles where it is large, as the function computes it; those come on the host."""
+        size_hw = images.shape[2], images.shape[3]
+        architecture = self.model.architecture
+        most = pixels_within(self._tile_bytes, base_width=architecture.base_width, value_bytes=4)
+        if size_hw[0] * size_hw[1] <= most:
+            return self._logits(images, wrap=wrap)
+
+        def compute(part: NDArray[np.uint8], /, *, wrap: bool) -> NDArray[np.float32]:
+            pixels = torch.from_numpy(np.ascontiguousarray(part)).to(self.device).permute(2, 0, 1)[None]
+            found: NDArray[np.float32] = self._logits(pixels.float() / 255, wrap=wrap)[0].float().cpu().numpy()
+            return found
+
+        image = (images[0] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        around = wrap and architecture.wrap
+        if architecture.is_local:
+            tiles = plan_tiles(size_hw, max_pixels=most, wrap=around)
+            return torch.from_numpy(run_in_tiles(image, tiles, compute, wrap=around))[None]
+        tiles = plan_blended(size_hw, max_pixels=most, wrap=around)
+        return torch.from_numpy(run_blended(image, tiles, compute, wrap=around))[None]
 
     def _row_weights(self, batch: Batch) -> Tensor | None:
         """(N, h) solid angle of a pixel in each row of each image."""
@@ -242,8 +285,9 @@ class SegmentationModule(pl.LightningModule):
         """What batch normalisation remembers of the batches."""
         return list(self.model.buffers())
 
-    def _summed(self, counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _summed(self, counts: NDArray[Any]) -> NDArray[Any]:
         """Sum over the processes."""
         on_device = torch.from_numpy(counts).to(self.device)
         summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
-        return summed.cpu().numpy()
+        total: NDArray[Any] = summed.cpu().numpy()
+        return total

@@ -39,6 +39,7 @@ from sscloud.image import scaled_size
 from sscloud.inference import is_panorama
 from sscloud.labels import LabelSchema
 from sscloud.networks import Network, build_network, last_convolution
+from sscloud.tiles import MAX_BYTES
 from sscloud.unet import UNet
 from training import memory
 from training.augment import Augment
@@ -135,6 +136,7 @@ def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = N
         weight_decay=config.weight_decay,
         steps=config.epochs * -(-len(data.sampler) // (config.batch_size * config.accumulate)),
         accumulate=config.accumulate,
+        tile_bytes=min(MAX_BYTES, _device_memory(place) // 2),
     )
     last = place.run / LAST
     _check_memory(config, data, model.architecture, place)

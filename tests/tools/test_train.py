@@ -100,6 +100,40 @@ def test_errors_before_training(data: Path, capsys: pytest.CaptureFixture[str]) 
     assert not Path("runs").exists()
 
 
+def test_what_fits_is_chosen_and_kept(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["-o", "runs/a", "--epochs", "1", "--base-width", "4", "--device", "cpu", "--no-augment"]
+
+    assert main(["train", "data", "--scale", "auto", "--batch-size", "auto", "--memory", "1", *flags]) == 0
+
+    printed = capsys.readouterr().err
+    assert "Planned for 1.0 GiB" in printed
+    assert "Chosen: --scale 1 --batch-size 8" in printed
+    stored = json.loads(Path("runs/a/config.json").read_bytes())["config"]
+    assert (stored["scale"], stored["batch_size"], stored["crop"]) == (1, 8, None)
+    again = ["train", "data", "-o", "runs/a", "--resume", "--scale", "auto", "--device", "cpu"]
+    assert main(again) == 0  # as it was planned
+    assert "Planned" not in capsys.readouterr().err
+    assert main(["train", "data", "-o", "runs/b", "--scale", "auto", "--memory", "0.1"]) == 2
+    assert "Nothing fits 0.1 GiB" in capsys.readouterr().err
+
+
+def test_crops_and_the_frame_of_checkpoints(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "dataset.yaml").write_text("azimuth: {direction: 1, column_0: 0.0}\n", encoding="utf-8")
+    crops = ["--crop", "32", "--rare-crops", "0.9", "--loss", "focal+dice", "--latitude-weights", "--ema", "0.5"]
+
+    assert main(["train", "data", "-o", "runs/a", "--epochs", "1", *QUICK, *crops]) == 0
+    assert main(["train", "data", "-o", "runs/b", "--epochs", "1", *QUICK, "--pth-checkpoints", "pth"]) == 0
+
+    stored = json.loads(Path("runs/a/config.json").read_bytes())["config"]
+    assert (stored["crop"], stored["rare_crops"], stored["ema"]) == ([32, 32], 0.9, 0.5)
+    manifests = [ModelBundle.load(Path("runs") / name / "bundle").manifest for name in "ab"]
+    # A .pth file cannot say that its network sees normals in another frame.
+    assert [manifest.frame for manifest in manifests] == ["view", "scanner"]
+    with pytest.raises(SystemExit):
+        main(["train", "data", "--crop", "1x2x3"])
+    assert "argument --crop: expected a number of pixels or HxW, found 1x2x3" in capsys.readouterr().err
+
+
 def test_several_processes_need_a_name(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -562,6 +562,33 @@ def test_crops_are_learned_from(make_dataset: MakeDataset, tmp_path: Path) -> No
     assert read_run(tmp_path / "run").config.crop == (32, 24)
 
 
+def test_large_panoramas_are_validated_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    generate(data, count=2, seed=5, width=768)
+    settings = {"scale": 1.0, "validation": 50.0, "epochs": 1, "base_width": 2}
+    fit(data, tmp_path / "whole", **settings)
+    sizes: list[tuple[int, int]] = []
+    real = SegmentationModule._logits
+
+    def logits(self: SegmentationModule, images: torch.Tensor, *, wrap: bool) -> torch.Tensor:
+        if not self.training:
+            sizes.append((images.shape[2], images.shape[3]))
+        return real(self, images, wrap=wrap)
+
+    monkeypatch.setattr(SegmentationModule, "_logits", logits)
+    monkeypatch.setattr("training.module._BAND_PIXELS", 768 * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.train.MAX_BYTES", 5 << 20)
+        fit(data, tmp_path / "tiled", **settings)
+
+    assert len(sizes) > 1
+    assert max(height * width for height, width in sizes) < 384 * 768
+    whole, tiled = table(tmp_path / "whole")[0], table(tmp_path / "tiled")[0]
+    for name in ("miou", "iou_2", "iou_5"):
+        assert float(tiled[name]) == pytest.approx(float(whole[name]), abs=2e-3)
+    assert float(tiled["temperature"]) == pytest.approx(float(whole["temperature"]), rel=0.1)  # of other pixels
+
+
 @pytest.mark.parametrize("loss", ["focal+dice", "ce+tversky", "ce+lovasz"])
 def test_other_losses(make_dataset: MakeDataset, tmp_path: Path, loss: str) -> None:
     fit(make_dataset(2), tmp_path / "run", loss=loss, class_weights="none", validation=0.0, tilt=5.0)

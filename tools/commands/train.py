@@ -227,18 +227,24 @@ def _of(name: str, text: str = "") -> str:
 
 
 def _number_or_auto(text: str) -> int | str:
-    return text if text == AUTO else int(text)
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number or {AUTO}, found {text}") from error
 
 
 def _share_or_auto(text: str) -> float | str:
-    return text if text == AUTO else float(text)
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number or {AUTO}, found {text}") from error
 
 
 def _size(text: str) -> tuple[int, int]:
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) not in (1, 2):
-        raise ValueError
-    return sides[0], sides[-1]
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"expected a number of pixels or HxW, found {text}")
+    return int(sides[0]), int(sides[-1])
 
 
 def run(args: argparse.Namespace) -> int:
