@@ -1,6 +1,7 @@
 """Seeded networks, bundles and panoramas for every test, and milesial/Pytorch-UNet written down a second time."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def quick_mlflow_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """New tracking stores are copies of one: MLflow replays the migrations of years for each, which takes seconds."""
+    import mlflow.store.db.utils as stores  # takes its time: only where something is trained
+
+    real, template = stores._initialize_tables, tmp_path_factory.mktemp("mlflow") / "template.db"
+
+    def initialize(engine: Any) -> None:
+        if template.exists():
+            engine.dispose()
+            shutil.copy(template, engine.url.database)
+        else:
+            real(engine)
+            shutil.copy(engine.url.database, template)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "_initialize_tables", initialize)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from training.folds import CrossValidation
 from training.manifest import DatasetWriter
 from training.splits import SplitPlan
 
+pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
+
 
 @pytest.fixture
 def data(tmp_path: Path, make_panorama: Callable[..., NDArray[np.uint8]]) -> Path:

@@ -14,6 +14,8 @@ from tools.cli import main
 from training.manifest import DatasetWriter
 from training.splits import SplitPlan
 
+pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
+
 QUICK = ["--scale", "0.5", "--base-width", "4", "--device", "cpu", "--no-augment"]
 
 

@@ -18,6 +18,8 @@ from training.dataset import DatasetFolder, open_dataset
 from training.folds import Foldable, cross_validate, folds
 from training.manifest import DatasetWriter
 
+pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
+
 MakeDataset = Callable[..., Path]
 
 

@@ -42,6 +42,8 @@ VOID_ELEMENTS = {"meta", "img"}
 ATTACK = "<script>alert('x')</script>\"'><img src=http://evil.example/x onerror=1>"
 
 MakeRun = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
+
 MakeDataset = Callable[..., Path]
 
 

@@ -41,6 +41,8 @@ from training.sample.generate import generate
 from training.splits import SplitPlan
 from training.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
+
 MakeDataset = Callable[..., Path]
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "scale": 0.5, "base_width": 4, "validation": 34.0, "learning_rate": 1e-2}
