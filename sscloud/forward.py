@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,6 +51,7 @@ class TorchForward:
         self._dtype = find_dtype(device, precision)
         self._model = self._load(device, self._dtype)
         self._spare: Network | None = None
+        whole_first = max_bytes is None
         if max_bytes is None:
             max_bytes = MAX_BYTES if device.type == "cpu" else int(0.8 * torch.cuda.mem_get_info(device)[0])
         architecture = bundle.manifest.architecture
@@ -58,6 +60,8 @@ class TorchForward:
         self._max_pixels = pixels_within(
             max_bytes, base_width=architecture.base_width, value_bytes=self._dtype.itemsize
         )
+        if architecture.upsampling == "bilinear-aligned" and whole_first:
+            self._max_pixels = sys.maxsize  # a blend of tiles would not be what milesial's network computes
 
     @property
     def tuned_to_size(self) -> bool:
@@ -87,7 +91,7 @@ class TorchForward:
             try:
                 logits = self._run(self._model, image, tiles, wrap=wrap)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error)
             else:
@@ -120,8 +124,9 @@ class TorchForward:
             with torch.inference_mode():
                 return _to_host(model(to_input(part, weight.device, weight.dtype), wrap=wrap)[0].float())
 
-        run = run_in_tiles if self._is_local else run_blended
-        return run(image, tiles, compute, wrap=wrap)
+        if self._is_local:
+            return run_in_tiles(image, tiles, compute, wrap=wrap)
+        return run_blended(image, tiles, compute, wrap=wrap, temperature=self._bundle.manifest.temperature)
 
     def _run_spare(self, image: NDArray[np.uint8], *, wrap: bool) -> NDArray[np.float32]:
         if self._spare is None:
@@ -219,6 +224,9 @@ _OUT_OF_MEMORY = (
 )
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of PyTorch means that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(part.lower() in text for part in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(part.lower() in text for part in _OUT_OF_MEMORY)

@@ -99,6 +99,7 @@ class Predictor:
                 encoding=manifest.encoding,
                 frame=manifest.frame,
                 azimuth=manifest.azimuth,
+                temperature=manifest.temperature,
             )
 
     def describe(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sscloud.architecture import REACH, STRIDE
+from sscloud.upsample import softmax
 
 
 class Compute(Protocol):
@@ -190,7 +191,7 @@ def plan_blended(size_hw: tuple[int, int], *, max_pixels: int, wrap: bool) -> tu
 
 
 def run_blended(
-    image: NDArray[np.uint8], tiles: Sequence[Tile], compute: Compute, *, wrap: bool
+    image: NDArray[np.uint8], tiles: Sequence[Tile], compute: Compute, *, wrap: bool, temperature: float = 1.0
 ) -> NDArray[np.float32]:
     """Compute an image's overlapping tiles and blend their probabilities.
 
@@ -202,9 +203,11 @@ def run_blended(
         tiles: that `plan_blended` made of it.
         compute: pixels → (C, h, w) float32 logits.
         wrap: whether the image goes on around its seam.
+        temperature: that logits are divided by before they become probabilities.
 
     Returns:
-        (C, h, w) float32 logits of the image: of one tile its own, of several the logarithms of the mean probabilities.
+        (C, h, w) float32 logits of the image: of one tile its own, of several those that become the mean probabilities
+        when they are divided by the temperature.
     """
     if len(tiles) == 1:
         return compute(image, wrap=wrap)
@@ -212,7 +215,7 @@ def run_blended(
     total: NDArray[np.float32] = np.zeros((height, width), np.float32)
     blended: NDArray[np.float32] | None = None
     for tile in tiles:
-        probabilities = _softmax(_compute(image, tile, compute, wrap=wrap))
+        probabilities = softmax(_compute(image, tile, compute, wrap=wrap) / np.float32(temperature))
         tall, wide = tile.padded_size_hw
         weights = np.outer(_window(tall, cut=tall < height), _window(wide, cut=wide < width))
         probabilities *= weights
@@ -227,6 +230,7 @@ def run_blended(
     blended /= total
     np.maximum(blended, np.finfo(np.float32).tiny, out=blended)  # of a probability of zero there is no logarithm
     np.log(blended, out=blended)
+    blended *= np.float32(temperature)
     return blended
 
 
@@ -280,12 +284,3 @@ def _unrolled(columns: tuple[int, int], width: int) -> Iterator[tuple[slice, sli
     yield slice(start, min(stop, width)), slice(0, min(stop, width) - start)
     if stop > width:
         yield slice(0, stop - width), slice(width - start, stop - start)
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(C, h, w) probabilities; NaN where a logit is infinite or no number."""
-    with np.errstate(invalid="ignore"):
-        result: NDArray[np.float32] = logits - logits.max(axis=0)
-    np.exp(result, out=result)
-    result /= result.sum(axis=0)
-    return result

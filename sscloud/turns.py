@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sscloud.architecture import STRIDE
 from sscloud.frame import Azimuth, Frame, reflect_normals, rotate_normals
 from sscloud.image import Encoding
+from sscloud.upsample import softmax
 
 if TYPE_CHECKING:
     from sscloud.inference import Forward
@@ -24,7 +25,8 @@ _RESIDUE_STEP = 5
 class TurnedForward:
     """A network that sees every panorama several times, turned, and every other time mirrored too.
 
-    Its logits are the logarithm of the mean probability. Crops have no other side to turn to: they are seen once.
+    Its logits are those that become the mean probability when they are divided by the temperature. Crops have no other
+    side to turn to: they are seen once.
 
     Args:
         forward: runs the network.
@@ -32,13 +34,22 @@ class TurnedForward:
         encoding: of the images; colours move but do not change.
         frame: in which the network sees normals; in the view frame a turn moves them, too, without a change.
         azimuth: how columns relate to directions; needed for normals in the scanner's frame only.
+        temperature: that logits are divided by before they become probabilities.
     """
 
     def __init__(
-        self, forward: "Forward", *, turns: int, encoding: Encoding, frame: Frame, azimuth: Azimuth | None
+        self,
+        forward: "Forward",
+        *,
+        turns: int,
+        encoding: Encoding,
+        frame: Frame,
+        azimuth: Azimuth | None,
+        temperature: float = 1.0,
     ) -> None:
         self._forward = forward
         self._turns = turns
+        self._temperature = np.float32(temperature)
         self._has_normals = encoding == "normals"
         # A mirrored scene has y negated in the view frame, as if at a plane through azimuth 0; a turn changes nothing.
         self._azimuth = azimuth if frame == "scanner" else None
@@ -59,7 +70,7 @@ class TurnedForward:
         columns = rolls(self._turns, image.shape[1])
         total = sum(self._probability(image, roll, mirrored=turn % 2 == 1) for turn, roll in enumerate(columns))
         mean = np.maximum(total / np.float32(self._turns), np.finfo(np.float32).tiny)
-        logits: NDArray[np.float32] = np.log(mean)
+        logits: NDArray[np.float32] = np.log(mean) * self._temperature
         return logits
 
     def _probability(self, image: NDArray[np.uint8], columns: int, *, mirrored: bool) -> NDArray[np.float32]:
@@ -67,7 +78,8 @@ class TurnedForward:
         turned = self._turned(image, columns)
         if mirrored:
             turned = self._mirrored(turned)
-        probability = _softmax(self._forward.logits(np.ascontiguousarray(turned), wrap=True))
+        logits = self._forward.logits(np.ascontiguousarray(turned), wrap=True)
+        probability = softmax(logits / self._temperature)
         if mirrored:
             probability = probability[..., ::-1]
         return np.roll(probability, -columns, axis=2)
@@ -87,10 +99,3 @@ class TurnedForward:
 def rolls(turns: int, width: int) -> list[int]:
     """Columns to roll a panorama of `width` columns by: spread over the turn, the first one 0."""
     return [(turn * width // turns // STRIDE * STRIDE + turn * _RESIDUE_STEP % STRIDE) % width for turn in range(turns)]
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(C, h, w) float32 probabilities."""
-    power = np.exp(logits - logits.max(axis=0))
-    probability: NDArray[np.float32] = power / power.sum(axis=0)
-    return probability

@@ -206,14 +206,19 @@ class _OutConv(nn.Module):
 def _statistics_kept(model: nn.Module) -> Iterator[None]:
     """While activations are computed again: normalise as before, and do not count the batch twice."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    counts = [norm.num_batches_tracked for norm in norms]
+    before = [
+        (norm.momentum, None if count is None else count.clone()) for norm, count in zip(norms, counts, strict=True)
+    ]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 def _stacked(strips: list[Tensor]) -> Tensor:

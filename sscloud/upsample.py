@@ -121,6 +121,15 @@ def class_map(logits: NDArray[np.float32], size_hw: tuple[int, int], *, wrap: bo
     return labels
 
 
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(C, h, w) logits → probabilities; NaN where a logit is infinite or no number."""
+    with np.errstate(invalid="ignore"):
+        result: NDArray[np.float32] = logits - logits.max(axis=0)
+    np.exp(result, out=result)
+    result /= result.sum(axis=0)
+    return result
+
+
 def top_probability(logits: NDArray[np.float32], *, temperature: float = 1.0) -> NDArray[np.float32]:
     """The largest softmax at model scale: (C, h, w) → (h, w).
 

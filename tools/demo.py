@@ -93,7 +93,6 @@ def demo(config: DemoConfig) -> Path:
             epochs=config.epochs,
             batch_size=2,
             scale=config.scale,
-            learning_rate=3e-3,
             base_width=config.base_width,
             seed=config.seed,
         )
@@ -153,7 +152,7 @@ def demo(config: DemoConfig) -> Path:
     return report
 
 
-_SETTINGS = ("epochs", "batch_size", "scale", "learning_rate", "base_width", "resample", "wrap", "augment", "seed")
+_SETTINGS = ("epochs", "batch_size", "scale", "peak_learning_rate", "base_width", "resample", "wrap", "augment", "seed")
 
 
 def _claim(folder: Path, *, overwrite: bool) -> None:

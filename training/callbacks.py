@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -99,7 +99,7 @@ class Throughput(Callback):
             ("loader_images_per_second", self._loading),
             ("step_images_per_second", self._stepping),
         ):
-            pl_module.log(name, self._images / max(seconds, 1e-9))
+            pl_module.log(name, trainer.world_size * self._images / max(seconds, 1e-9))
         pl_module.log("seconds", time.perf_counter() - self._began)
 
 
@@ -160,6 +160,24 @@ class EpochLines(Callback):
                     file=sys.stderr,
                     flush=True,
                 )
+
+
+class MovableCheckpoint(ModelCheckpoint):
+    """Remembers the best score wherever the run folder is; Lightning's own forgets it when the folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state over as if it had been written here."""
+        here = str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, str) and value:
+                return str(Path(here) / Path(value).name)
+            if isinstance(value, dict):
+                return {moved(path): score for path, score in value.items()}
+            return value
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
+        super().load_state_dict({**state_dict, **{name: moved(state_dict[name]) for name in paths}, "dirpath": here})
 
 
 class MilesialCheckpoints(Callback):

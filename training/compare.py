@@ -32,6 +32,7 @@ from training.evaluate import (
     scores_to_dict,
     shown_score,
     summarise,
+    warn_of_learned,
 )
 from training.pictures import Typeface, legend, overlay, shrink_image, shrink_labels
 
@@ -137,6 +138,8 @@ def compare(
         counted.append((a, b))
         apart = (ours.label_map != theirs.label_map) & (example.truth != VOID)
         divergences.append(Divergence(name=item.name, miou=b.miou - a.miou, pixels=int(np.count_nonzero(apart))))
+    for bundle, results in zip((first, second), zip(*counted, strict=True), strict=True):
+        warn_of_learned(bundle, results)
     if not any(a.confusion.any() for a, _ in counted):
         raise DatasetError(f"Every pixel of the masks in {dataset.path} is void: there is nothing to compare with.")
     divergences.sort(key=lambda each: (-abs(np.nan_to_num(each.miou)), -each.pixels, each.name))

@@ -17,6 +17,9 @@ from sscloud.labels import LabelSchema
 
 CONFIG = "config.json"
 
+RARE_CROPS = 0.5
+"""Share of the crops that are cut around rare classes, unless another is asked for."""
+
 LossName = Literal["ce+dice", "ce", "focal+dice", "ce+tversky", "ce+lovasz"]
 ClassWeights = Literal["smoothed", "none"]
 
@@ -31,7 +34,8 @@ class TrainConfig:
     epochs: int = 50
     batch_size: int = 1
     scale: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    """Peak of the schedule; None: as `peak_learning_rate` says."""
     weight_decay: float = 1e-4
     validation: float | None = None
     """Percent of the panoramas; None: the data set's frozen splits, or 10 where it has none."""
@@ -55,7 +59,7 @@ class TrainConfig:
     """The largest tilt of the scanner that augmentation plays, degrees."""
     crop: tuple[int, int] | None = None
     """(h, w) that training cuts out of the scaled panoramas; None: whole panoramas."""
-    rare_crops: float = 0.5
+    rare_crops: float = RARE_CROPS
     """Share of the crops that are cut around a pixel of a class drawn with favour for the rare ones."""
     accumulate: int = 1
     """Batches whose gradients are added up before a step."""
@@ -82,7 +86,7 @@ class TrainConfig:
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("scale", 0 < self.scale <= 1, "above 0 and at most 1"),
-            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("learning_rate", self.learning_rate is None or self.learning_rate > 0, "above 0"),
             ("validation", self.validation is None or 0 <= self.validation < 100, "a percentage from 0 to below 100"),
             ("base_width", 1 <= self.base_width <= 512, "1 to 512"),
             ("classes", self.classes is None or 1 <= self.classes <= 256, "1 to 256"),
@@ -104,6 +108,18 @@ class TrainConfig:
         ):
             if not ok:
                 raise ConfigError(f"--{name.replace('_', '-')} must be {expected}, found {getattr(self, name)}.")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Peak of the schedule: as asked for, else 1e-3 for a UNet of base width 64.
+
+        Narrower networks take larger steps (G. Yang et al., "Tensor Programs V", 2022), here by the root of the ratio:
+        2.8e-3 at base width 8, measured in benchmarks/learning.md. Networks that start from a pretrained encoder take
+        3e-4, as is usual for them.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-4 if self.family != "unet" else 1e-3 * (64 / self.base_width) ** 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

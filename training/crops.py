@@ -3,7 +3,7 @@
 Where a class lies is counted once an item, in bands of rows, and kept beside its label map as `<name>.bands.npz`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -63,6 +63,8 @@ class Crops:
         rare_crops: that share, 0 to 1.
         seed: of all choices.
         wrap: whether the items are whole panoramas: then a crop may straddle the seam.
+        known: items of which fewer are shown than of the others.
+        replay: how much less often a crop around a rare class comes from them, 0 to 1.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class Crops:
         rare_crops: float,
         seed: int,
         wrap: bool = True,
+        known: Collection[int] = (),
+        replay: float = 1.0,
     ) -> None:
         self._items, self._ids = items, np.array(schema.class_ids)
         self._crop, self._rare_crops, self._seed, self._wrap = crop, rare_crops, seed, wrap
@@ -81,13 +85,19 @@ class Crops:
         self._bands = [_bands(item.mask) for item in items]
         self._counts = np.array([bands.sum(axis=0)[self._ids] for bands in self._bands], np.float64)  # items x classes
         self._first = np.cumsum([0, *(_crops_of(size, crop) for size in self._sizes)])
-        total = self._counts.sum(axis=0)
+        self._often = np.ones(len(items))
+        self._often[list(known)] = replay
+        total = (self._counts * self._often[:, None]).sum(axis=0)
         favour = np.divide(1, np.sqrt(total), out=np.zeros_like(total), where=total > 0)
         self._favour = favour / favour.sum() if favour.any() else None
 
     def __len__(self) -> int:
-        """Crops an epoch, as `crops_per_epoch` says."""
+        """Crops an epoch: with as many pixels as the panoramas have, at least one a panorama."""
         return int(self._first[-1])
+
+    def places_of(self, items: Collection[int]) -> list[int]:
+        """The places of an epoch whose crops come from these items, unless they are cut around a rare class."""
+        return [place for item in items for place in range(self._first[item], self._first[item + 1])]
 
     def choose(self, epoch: int, place: int) -> Window:
         """The crop that an epoch shows at a place, 0 to `len` - 1."""
@@ -101,7 +111,7 @@ class Crops:
         return Window(item=item, row=int(row), column=int(column), size_hw=size_hw)
 
     def _around_a_pixel(self, rng: np.random.Generator, class_index: int) -> Window:
-        chance = np.sqrt(self._counts[:, class_index])
+        chance = np.sqrt(self._counts[:, class_index]) * self._often
         item = int(rng.choice(len(self._items), p=chance / chance.sum()))
         label_id = self._ids[class_index]
         in_band = self._bands[item][:, label_id]
@@ -120,29 +130,20 @@ class Crops:
         )
 
     def _size_in(self, item: int) -> tuple[int, int]:
-        return _clipped(self._crop, self._sizes[item])
+        return clipped(self._crop, self._sizes[item])
 
     def _may_straddle(self, item: int) -> bool:
         """A crop of all columns starts with the first one: turning it is left to augmentation."""
         return self._wrap and self._crop[1] < self._sizes[item][1]
 
 
-def crops_per_epoch(items: Sequence[CachedItem], crop: tuple[int, int]) -> int:
-    """So many crops have as many pixels as the panoramas; at least one a panorama.
-
-    Args:
-        items: from `build_cache`.
-        crop: (h, w), pixels at model scale.
-    """
-    return sum(_crops_of(_size_hw(item), crop) for item in items)
-
-
 def _crops_of(size_hw: tuple[int, int], crop: tuple[int, int]) -> int:
-    height, width = _clipped(crop, size_hw)
+    height, width = clipped(crop, size_hw)
     return max(1, round(size_hw[0] * size_hw[1] / (height * width)))
 
 
-def _clipped(crop: tuple[int, int], size_hw: tuple[int, int]) -> tuple[int, int]:
+def clipped(crop: tuple[int, int], size_hw: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of a crop that is not larger than the panorama."""
     return min(crop[0], size_hw[0]), min(crop[1], size_hw[1])
 
 

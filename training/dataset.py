@@ -331,19 +331,24 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
             f"{item.image}: {item.size_hw[1]}x{item.size_hw[0]} at scale {scale:g} is {size_hw[1]}x{size_hw[0]}; the "
             f"network needs at least {STRIDE} pixels on each side. Use a larger --scale"
         )
-    state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (item.image, item.mask)]
-    rule = (resample, RESAMPLE_VERSION, dataset.facts.encoding, *(item.sha256 or ()))
-    key = hashlib.sha256(repr((state, size_hw, rule)).encode()).hexdigest()[:16]
-    stem = folder / f"{item.name}-{key}"
-    meta, image_npy, mask_npy = (stem.with_name(stem.name + end) for end in (".json", ".image.npy", ".mask.npy"))
-    if not meta.exists():  # written last, so the arrays are whole when it is there
+    # Apart, so that a corrected mask does not make the image again.
+    image_rule = (_state(item.image), size_hw, resample, RESAMPLE_VERSION, dataset.facts.encoding)
+    no_return_void = dataset.schema.no_return_void and dataset.facts.encoding == "normals"
+    mask_rule = (_state(item.mask), size_hw, *(item.sha256 or ()), *(image_rule if no_return_void else ()))
+    image_npy = folder / f"{item.name}-{_key(image_rule)}.image.npy"
+    mask_npy = folder / f"{item.name}-{_key((mask_rule, _state(item.image)))}.mask.npy"
+    meta = mask_npy.with_name(mask_npy.name.removesuffix(".mask.npy") + ".json")
+    if not meta.exists() or not image_npy.exists():  # arrays are written whole, and the meta data after its mask
         checksum = digest(item)
         label_map = read_label_map(item.mask)
-        counts = count_ids(label_map)
         image = read_image(item.image)
         if image.shape[:2] != label_map.shape:
             raise DatasetError(f"{item.name}: image {image.shape[:2]} and mask {label_map.shape} differ in size")
-        _write_array(image_npy, resize_image(image, size_hw, resample=resample, encoding=dataset.facts.encoding))
+        if no_return_void:
+            label_map = np.where(no_return(image), np.uint8(VOID), label_map)
+        counts = count_ids(label_map)
+        if not image_npy.exists():
+            _write_array(image_npy, resize_image(image, size_hw, resample=resample, encoding=dataset.facts.encoding))
         _write_array(mask_npy, resize_label_map(label_map, size_hw))
         pixels = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
         atomic_write(meta, json.dumps({"pixels": pixels, "digest": checksum}).encode())
@@ -360,6 +365,16 @@ def _cached(item: Item, dataset: DatasetFolder, *, scale: float, resample: Resam
     return CachedItem(
         name=item.name, image=image_npy, mask=mask_npy, pixels=pixels, digest=facts["digest"], split=item.split
     )
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _key(rule: object) -> str:
+    return hashlib.sha256(repr(rule).encode()).hexdigest()[:16]
 
 
 def digest(item: Item) -> str:

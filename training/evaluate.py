@@ -4,6 +4,7 @@ Every panorama leaves a handful of counts: confusion matrices, boundaries, confi
 these, so they can be counted by several processes, in several folds, and resampled for intervals.
 """
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from training.dataset import DatasetFolder, Item, digest
 from training.latitude import row_weights
 from training.metrics import Scores, mean_present, score, weighted_confusion_matrix
 
+log = logging.getLogger(__name__)
+
 _NAME_WIDTH = 24
 """Longer names of labels are cut, so that the table fits in 100 columns."""
 
@@ -46,6 +49,8 @@ class PanoramaResult:
     boundary: NDArray[np.int64]
     """(n, 2) of `boundary_counts`."""
     reliability: Reliability
+    digest: str
+    """sha256 of the panorama and its mask, as a bundle lists those it has learned from."""
     seconds: float
     """From the encoded image to the class map."""
 
@@ -111,6 +116,8 @@ class Example:
     """(H, W) label ids of the mask."""
     truth: NDArray[np.uint8]
     """(H, W) class indices of the gauge, void 255."""
+    digest: str
+    """sha256 of both files."""
     seconds: float
     """That reading the image took."""
 
@@ -157,7 +164,7 @@ class Gauge:
             ImageError: unreadable files.
             DatasetError: a file is not the one that the manifest names.
         """
-        digest(item)  # scores of a mask that somebody has changed are scores of nothing
+        checksum = digest(item)  # scores of a mask that somebody has changed are scores of nothing
         label_map = read_label_map(item.mask)
         self._check_ids(item.mask.name, label_map)
         started = time.perf_counter()
@@ -166,7 +173,7 @@ class Gauge:
         truth = self._truth_index[label_map]
         if self._dataset.schema.no_return_void and self._dataset.facts.encoding == "normals":
             truth[no_return(image)] = VOID
-        return Example(item=item, image=image, label_map=label_map, truth=truth, seconds=seconds)
+        return Example(item=item, image=image, label_map=label_map, truth=truth, digest=checksum, seconds=seconds)
 
     def count(self, example: Example, predictor: Predictor) -> tuple[PanoramaResult, Segmentation]:
         """Predict an example and compare.
@@ -202,6 +209,7 @@ class Gauge:
                 example.truth, predicted, classes, distance=boundary_distance(predicted.shape), wrap=whole
             ),
             reliability=reliability(segmentation, example.truth, predicted),
+            digest=example.digest,
             seconds=seconds,
         )
         return result, segmentation
@@ -249,7 +257,8 @@ def evaluate(
         world_size: how many they are; with more than one, `torch.distributed` must be initialised.
 
     Returns:
-        The same in every process, to the bit, however many there are.
+        The same in every process, and the same counts of pixels however many there are (where ties are not decided
+        by the rounding of another number of threads).
 
     Raises:
         SchemaError: masks with ids that neither schema has, or ids that have other names in the bundle.
@@ -268,7 +277,20 @@ def evaluate(
         counted = [shares[place % world_size][place // world_size] for place in range(len(dataset.items))]
     if not any(panorama.confusion.any() for panorama in counted):
         raise DatasetError(f"Every pixel of the masks in {dataset.path} is void: there is nothing to compare with.")
+    if rank == 0:
+        warn_of_learned(bundle, counted)
     return summarise(gauge.labels, counted)
+
+
+def warn_of_learned(bundle: ModelBundle, panoramas: Sequence[PanoramaResult]) -> None:
+    """Say when a model is measured on what it was trained on."""
+    learned = set(bundle.manifest.learned)
+    known = sum(panorama.digest in learned for panorama in panoramas)
+    if known:
+        log.warning(
+            "%s has learned from %d of these %d panoramas: scores on them do not tell how it does on new ones.",
+            bundle.manifest.title, known, len(panoramas),
+        )  # fmt: skip
 
 
 def summarise(labels: tuple[Label, ...], panoramas: Sequence[PanoramaResult]) -> Evaluation:

@@ -36,12 +36,19 @@ def export_bundle(run: Path, output: Path, *, name: str, version: int, overwrite
     if not best.exists():
         raise BundleError(f"{run} has no {BEST} yet: no epoch has ended. Let it train, or go on with --resume.")
     try:
-        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+        state, epoch = checkpoint["state_dict"], int(checkpoint["epoch"]) + 1
     except Exception as error:  # torch raises pickle, zip and runtime errors for damaged files
         raise BundleError(f"{best} cannot be read: {str(error).splitlines()[0]}") from error
     weights = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
     model = load_network(facts.architecture, weights, source=str(best))
-    metrics = _best_metrics(run / METRICS)
+    try:
+        metrics = _metrics_of(epoch, run / METRICS)
+    except (OSError, StopIteration, KeyError, ValueError) as error:
+        raise BundleError(
+            f"{run / METRICS} has no readable row of epoch {epoch}, which {best} holds. Bring the file back, or train "
+            "on with --resume."
+        ) from error
     manifest = Manifest(
         name=name,
         version=version,
@@ -65,13 +72,12 @@ def export_bundle(run: Path, output: Path, *, name: str, version: int, overwrite
     return save_bundle(output, model, manifest, overwrite=overwrite)
 
 
-def _best_metrics(path: Path) -> dict[str, float]:
-    """The row of `metrics.csv` that the best checkpoint belongs to: the first with the highest mIoU, else the last."""
+def _metrics_of(epoch: int, path: Path) -> dict[str, float]:
+    """The row of `metrics.csv` of an epoch, as a manifest keeps it."""
     with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    best = max(rows, key=lambda row: float(row["miou"])) if "miou" in rows[0] else rows[-1]
+        row = next(row for row in csv.DictReader(stream) if int(row["epoch"]) == epoch)
     return {
         f"validation_{name}" if name == "miou" else name: float(value)
-        for name, value in best.items()
+        for name, value in row.items()
         if value and not name.endswith("seconds") and not name.endswith("_per_second")  # of the machine, not the model
     }

@@ -19,6 +19,7 @@ from sscloud.errors import TrainingError
 from sscloud.image import scaled_size
 from sscloud.networks import Network, build_network
 from sscloud.unet import UNet
+from training.crops import clipped
 from training.losses import make_loss
 
 SCALES = (1.0, 0.5, 0.25, 0.2, 0.1)
@@ -315,7 +316,7 @@ def _sizes(
     for tried in SCALES if scale is None else (scale,):
         panorama_hw = scaled_size(full_hw, tried)
         if crop is not None:
-            yield tried, panorama_hw, _clipped(crop, panorama_hw)
+            yield tried, panorama_hw, clipped(crop, panorama_hw)
             continue
         for size_hw in [panorama_hw, *_crops(panorama_hw)]:
             if scale is not None or size_hw[0] >= _LEAST_VIEW * panorama_hw[0]:
@@ -337,10 +338,6 @@ def _crops(panorama_hw: tuple[int, int]) -> list[tuple[int, int]]:
 
 def _rounded_up(pixels: float) -> int:
     return -int(-pixels // STRIDE) * STRIDE
-
-
-def _clipped(crop: tuple[int, int], panorama_hw: tuple[int, int]) -> tuple[int, int]:
-    return min(crop[0], panorama_hw[0]), min(crop[1], panorama_hw[1])
 
 
 def _power_of_two(most: int) -> int:
@@ -383,7 +380,7 @@ def advise(
 
     def needs(batch: int, at: float, cut: tuple[int, int] | None = crop, **changed: bool) -> int:
         panorama_hw = scaled_size(full_hw, at)
-        size_hw = panorama_hw if cut is None else _clipped(cut, panorama_hw)
+        size_hw = panorama_hw if cut is None else clipped(cut, panorama_hw)
         return step_bytes(
             architecture,
             batch,
@@ -441,10 +438,3 @@ def _last_that(holds: Callable[[float], bool], ascending: list[float]) -> float 
         else:
             high = middle
     return ascending[low - 1] if low else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of PyTorch means that an allocation failed."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

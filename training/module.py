@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sscloud.errors import TrainingError
+from sscloud.forward import is_out_of_memory
 from sscloud.frame import Azimuth
 from sscloud.networks import Network
 from sscloud.tiles import MAX_BYTES, pixels_within, plan_blended, plan_tiles, run_blended, run_in_tiles
@@ -20,7 +21,6 @@ from training.batch import Batch
 from training.calibration import TemperatureGrid
 from training.latitude import row_weights
 from training.losses import Loss
-from training.memory import is_out_of_memory
 from training.metrics import confusion_matrix, score
 
 _WARM_UP = 0.05
@@ -112,11 +112,12 @@ class SegmentationModule(pl.LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr]
         self.log("skipped_steps", float(self._skipped), on_step=False, on_epoch=True, reduce_fx="max")
-        if math.isfinite(loss):
-            # Not to the loggers by step: each row would be a commit of the tracking store.
-            self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-            size = len(batch.images)
-            self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        # Not to the loggers by step: each row would be a commit of the tracking store.
+        self.log("train_loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        # In every process, with no weight where it is no number: they are summed over all of them.
+        counted = len(batch.images) if math.isfinite(loss) else 0
+        value = loss if counted else 0.0
+        self.log("train_loss", value, on_step=False, on_epoch=True, batch_size=counted, sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients; where they are not finite, let the step change nothing.
@@ -173,8 +174,10 @@ class SegmentationModule(pl.LightningModule):
 
     def _back_off(self, size: int) -> bool:
         """Need less memory from now on; False when nothing is left to be given up."""
-        if self._parts < size:
-            self._parts = min(size, 2 * self._parts)
+        # Layers of other networks see one value an image, and learn from two at least.
+        most = size if isinstance(self.model, UNet) else size // 2
+        if self._parts < most:
+            self._parts = min(most, 2 * self._parts)
             log.warning("Out of memory: going on with batches in %d parts.", self._parts)
         elif isinstance(self.model, UNet) and not self.model.checkpointing:
             self.model.checkpointing = True

@@ -326,6 +326,8 @@ def _settings(path: Path) -> dict[str, dict[str, str]]:
     """`config` and `facts` of config.json as they stand there: a setting that an old run did not know is left out."""
     content = json.loads(path.read_bytes())
     facts = {name: value for name, value in content["facts"].items() if name != "labels"}
+    if "learned" in facts:
+        facts["learned"] = f"{len(facts['learned'])} panoramas with their masks, its parents' included"
     labels = [f"{label['id']} {label['name']}" for label in content["facts"]["labels"]["labels"]]
     return {
         "config": {name: _plain(value) for name, value in content["config"].items()},

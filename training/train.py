@@ -9,6 +9,7 @@ RUN/
 """
 
 import contextlib
+import csv
 import dataclasses
 import logging
 import os
@@ -26,14 +27,16 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from sscloud.architecture import Architecture, Upsampling
 from sscloud.bundle import ModelBundle
 from sscloud.checkpoint import load_model, read_checkpoint
-from sscloud.errors import ConfigError, DatasetError, SSCloudError, TrainingError
+from sscloud.errors import ConfigError, DatasetError, TrainingError
 from sscloud.files import atomic_write
-from sscloud.forward import find_device
+from sscloud.forward import find_device, is_out_of_memory
 from sscloud.frame import Azimuth, Frame
 from sscloud.image import scaled_size
 from sscloud.inference import is_panorama
@@ -51,11 +54,12 @@ from training.callbacks import (
     EpochLines,
     History,
     MilesialCheckpoints,
+    MovableCheckpoint,
     ProgressBar,
     Throughput,
 )
-from training.config import CONFIG, Place, RunFacts, TrainConfig, read_run, write_config
-from training.crops import Crops
+from training.config import CONFIG, RARE_CROPS, Place, RunFacts, TrainConfig, read_run, write_config
+from training.crops import Crops, clipped
 from training.dataset import (
     CACHE,
     FACTS,
@@ -83,6 +87,9 @@ _ENCODER = "resnet34"
 
 _LOOKED_AT = 12
 """Panoramas in which the azimuth convention is looked for."""
+
+_LOOKED_AT_ROWS = 256
+"""Of such a panorama, at least, where it has so many."""
 
 _FACING = 0.9
 """Share of the returns whose normals face the scanner under the right convention."""
@@ -115,12 +122,15 @@ def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = N
     parent = None if config.load is None else _parent(Path(config.load))
     data = _prepare(config, place, parent, folder)
     schema = data.folder.schema
-    model = _build_model(config, schema, parent, warn=place.rank == 0)
+    model = _build_model(config, schema, parent, warn=place.rank == 0, resume=place.resume)
     label_ids = _channels(model.architecture.classes, schema)
-    facts = _facts(config, data, model.architecture, label_ids, parent)
+    facts = _facts(config, data, model.architecture, label_ids, parent, place)
     if place.rank == 0:
         _check_unchanged(place, facts)
+        for idle in _without_effect(config, data, place):
+            log.warning("%s", idle)
         write_config(place.run, config, facts)
+    batches = _training_batches(config, data)
     if place.world_size > 1:
         synchronise(model, device=find_device(place.device))
     module = SegmentationModule(
@@ -132,27 +142,44 @@ def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = N
         latitude_weights=config.latitude_weights,
         label_ids=schema.class_ids,
         channel_ids=label_ids,
-        learning_rate=config.learning_rate,
+        learning_rate=config.peak_learning_rate,
         weight_decay=config.weight_decay,
-        steps=config.epochs * -(-len(data.sampler) // (config.batch_size * config.accumulate)),
+        steps=config.epochs * len(batches),
         accumulate=config.accumulate,
         tile_bytes=min(MAX_BYTES, _device_memory(place) // 2),
     )
-    last = place.run / LAST
     _check_memory(config, data, model.architecture, place)
+    if not (place.resume and _has_stopped_early(config, place.run)):
+        _fit(module, batches, config, data, place)
+    if place.rank > 0:
+        return None
+    bundle = export_bundle(place.run, place.run / BUNDLE, name=place.name, version=place.version, overwrite=True)
+    try:
+        write_run_report(place.run, dataset=data.folder, output=place.run / REPORT, device=place.device)
+    except Exception as error:  # of whatever kind: a page is no reason to lose a run
+        log.warning("No report was written: %s", error)
+    return bundle
+
+
+def _fit(
+    module: SegmentationModule, batches: DataLoader[Batch], config: TrainConfig, data: "_Data", place: Place
+) -> None:
+    """Train from the start, or from the last whole epoch."""
+    last, architecture = place.run / LAST, module.model.architecture
+    label_ids = _channels(architecture.classes, data.folder.schema)
     with _calm():
         trainer = _trainer(config, place, label_ids, validated=bool(data.validation))
         try:
             trainer.fit(
                 module,
-                _training_batches(config, data),
+                batches,
                 _validation_batches(data, place),
                 ckpt_path=last if place.resume and last.exists() else None,
                 weights_only=True,
             )
         except (RuntimeError, MemoryError) as error:
-            if memory.is_out_of_memory(error):
-                raise TrainingError(f"Out of memory. {_advice(config, data, model.architecture, place)}") from error
+            if is_out_of_memory(error):
+                raise TrainingError(f"Out of memory. {_advice(config, data, architecture, place)}") from error
             raise
         except (SystemExit, MlflowException) as error:
             if not trainer.interrupted:
@@ -161,14 +188,39 @@ def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = N
             # Lightning answers Ctrl-C by leaving the process, deaf to further ones; callers shall decide that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
-    if not trainer.is_global_zero:
-        return None
-    bundle = export_bundle(place.run, place.run / BUNDLE, name=place.name, version=place.version, overwrite=True)
-    try:
-        write_run_report(place.run, dataset=data.folder, output=place.run / REPORT, device=place.device)
-    except (SSCloudError, OSError) as error:  # a page is no reason to lose a run
-        log.warning("No report was written: %s", error)
-    return bundle
+
+
+def _without_effect(config: TrainConfig, data: "_Data", place: Place) -> list[str]:
+    """What was asked for and changes nothing here, a sentence each."""
+    asked = (
+        (
+            config.patience is not None and not data.validation,
+            "--patience has no effect without a validation part: no epoch is better than another.",
+        ),
+        (
+            config.tilt > 0 and (config.crop is not None or not config.augment or data.azimuth is None),
+            "--tilt has no effect: only whole panoramas are tilted, while they are turned and mirrored.",
+        ),
+        (
+            config.rare_crops != RARE_CROPS and config.crop is None,
+            "--rare-crops has no effect without --crop.",
+        ),
+        (config.replay < 1 and config.load is None, "--replay has no effect without --load."),
+        (
+            place.checkpoints is not None and config.family != "unet",
+            "--pth-checkpoints has no effect: such files hold unets only.",
+        ),
+    )
+    return [text for is_idle, text in asked if is_idle]
+
+
+def _has_stopped_early(config: TrainConfig, run: Path) -> bool:
+    """Whether the run's last epochs brought nothing better for so long that it ended; no epoch is added then."""
+    if config.patience is None or not (run / METRICS).exists():
+        return False
+    with (run / METRICS).open(newline="") as stream:
+        miou = [float(row["miou"]) for row in csv.DictReader(stream) if row.get("miou")]
+    return len(miou) > 0 and len(miou) - 1 - miou.index(max(miou)) >= config.patience
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,10 +284,10 @@ def _prepare(config: TrainConfig, place: Place, parent: _Parent | None, folder: 
     # Panoramas for test are not even decoded.
     used = dataclasses.replace(whole, items=tuple(item for item in whole.items if item.split != "test"))
     sizes = {item.size_hw for item in used.items}
-    if config.batch_size * config.accumulate > 1 and config.crop is None and len(sizes) > 1:
+    if config.batch_size * config.accumulate > 1 and len(sizes) > 1:
         raise DatasetError(
             f"{used.path} holds panoramas of {len(sizes)} sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}), "
-            "which do not fit in one batch. Use --batch-size 1, or cut them with --crop."
+            "which do not fit in one batch. Use --batch-size 1 and no --accumulate."
         )
     crops = [item.name for item in used.items if not is_panorama(item.size_hw, used.aspect)]
     if crops and (config.wrap or config.augment):
@@ -249,6 +301,7 @@ def _prepare(config: TrainConfig, place: Place, parent: _Parent | None, folder: 
     items = build_cache(used, scale=config.scale, resample=config.resample, folder=cache, quiet=place.rank > 0)
     cached = {item.name: item for item in items}
     training = [cached[item.name] for item in learned]
+    known = [] if parent is None else [place for place, item in enumerate(training) if item.digest in parent.learned]
     windows = None
     if config.crop is not None:
         windows = Crops(
@@ -257,9 +310,10 @@ def _prepare(config: TrainConfig, place: Place, parent: _Parent | None, folder: 
             crop=config.crop,
             rare_crops=config.rare_crops,
             seed=config.seed,
-            wrap=not crops,
+            wrap=config.wrap,
+            replay=config.replay,
+            known=known,
         )
-    known = [] if parent is None else [place for place, item in enumerate(training) if item.digest in parent.learned]
     if parent is not None and parent.learned and place.rank == 0:
         log.warning(
             "%s has learned from %d of the %d panoramas; %d are new or corrected since.",
@@ -275,7 +329,7 @@ def _prepare(config: TrainConfig, place: Place, parent: _Parent | None, folder: 
             seed=config.seed,
             rank=place.rank,
             world_size=place.world_size,
-            known=known if windows is None else [],
+            known=known if windows is None else windows.places_of(known),
             replay=config.replay,
         ),
         snapshot=snapshot_of(used, items),
@@ -289,7 +343,7 @@ def _azimuth(config: TrainConfig, folder: DatasetFolder, items: list[CachedItem]
     if facts.encoding == "rgb":
         return facts.azimuth
     elevation = _elevation(folder)
-    images = (np.load(item.image, mmap_mode="r") for item in items[:_LOOKED_AT])
+    images = (_thinned(np.load(item.image, mmap_mode="r")) for item in items[:_LOOKED_AT])
     if facts.azimuth is not None:
         shares = [facing_share(image, facts.azimuth, elevation) for image in images]
         if warn and (share := float(np.median(shares))) < _FACING:
@@ -314,6 +368,12 @@ def _azimuth(config: TrainConfig, folder: DatasetFolder, items: list[CachedItem]
     return found
 
 
+def _thinned(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Every n-th pixel of a panorama: a few ten thousand tell the azimuth."""
+    step = max(1, image.shape[0] // _LOOKED_AT_ROWS)
+    return image[step // 2 :: step, step // 2 :: step]
+
+
 def _elevation(folder: DatasetFolder) -> tuple[float, float]:
     # Without a statement, square pixels from the zenith down: +90 to -90 for 2:1, less for scanners with a cone.
     return folder.facts.elevation or (90.0, max(-90.0, 90.0 - 360.0 / folder.aspect))
@@ -328,7 +388,10 @@ def _training_batches(config: TrainConfig, data: _Data) -> DataLoader[Batch]:
         crops=data.crops,
         seed=config.seed,
     )
-    return DataLoader(items, config.batch_size * config.accumulate, sampler=data.sampler, collate_fn=collate)
+    size = config.batch_size * config.accumulate
+    # Layers of some networks see one value an image, and cannot learn from a last batch of one image.
+    drop_last = config.family != "unet" and len(data.sampler) % size == 1 and len(data.sampler) > 1
+    return DataLoader(items, size, sampler=data.sampler, collate_fn=collate, drop_last=drop_last)
 
 
 def _loss(config: TrainConfig, data: _Data, *, channels: int) -> Loss:
@@ -366,7 +429,9 @@ def _validation_batches(data: _Data, place: Place) -> DataLoader[Any] | None:
     return DataLoader(items, 1, collate_fn=collate)
 
 
-def _build_model(config: TrainConfig, schema: LabelSchema, parent: _Parent | None, *, warn: bool) -> Network:
+def _build_model(
+    config: TrainConfig, schema: LabelSchema, parent: _Parent | None, *, warn: bool, resume: bool
+) -> Network:
     """A new network, or one that goes on from another."""
     classes = config.classes or len(schema.classes)
     if classes < len(schema.classes):
@@ -377,7 +442,7 @@ def _build_model(config: TrainConfig, schema: LabelSchema, parent: _Parent | Non
     torch.manual_seed(config.seed)
     model = build_network(
         _architecture(config, classes),
-        pretrained=config.pretrained and parent is None,
+        pretrained=config.pretrained and parent is None and not resume,
     )
     if parent is not None:
         _go_on_from(parent, config, model, schema, warn=warn)
@@ -451,7 +516,8 @@ def _check_unchanged(place: Place, facts: RunFacts) -> None:
             f"{advice}"
         )
     # The snapshot covers pictures and masks; a class index means something else when the labels change.
-    names = [f.name for f in dataclasses.fields(RunFacts) if f.name != "code_version"]
+    # What was learned follows from the snapshot; runs of older versions do not have it.
+    names = [f.name for f in dataclasses.fields(RunFacts) if f.name not in ("code_version", "learned")]
     if changed := [name for name in names if getattr(before, name) != getattr(facts, name)]:
         raise ConfigError(
             f"What is known of the data set changed since {place.run} was started: {', '.join(changed)} "
@@ -465,6 +531,7 @@ def _facts(
     architecture: Architecture,
     label_ids: tuple[int, ...],
     parent: _Parent | None,
+    place: Place,
 ) -> RunFacts:
     facts = data.folder.facts
     digests = {item.digest for item in data.training} | (parent.learned if parent else set())
@@ -477,14 +544,16 @@ def _facts(
         aspect=data.folder.aspect,
         elevation=_elevation(data.folder),
         azimuth=data.azimuth,
-        frame=_frame(config, data, parent),
+        frame=_frame(config, data, parent, place),
         parent=parent.title if parent else None,
         learned=tuple(sorted(digests)),
     )
 
 
-def _frame(config: TrainConfig, data: _Data, parent: _Parent | None) -> Frame:
-    """The frame that was asked for, or the best one that the data allow."""
+def _frame(config: TrainConfig, data: _Data, parent: _Parent | None, place: Place) -> Frame:
+    """The frame that was asked for, that of the run or the model which this one goes on from, or the best possible."""
+    if place.resume and (place.run / CONFIG).exists():
+        return read_run(place.run).facts.frame
     possible = data.folder.facts.encoding == "normals" and data.azimuth is not None and config.resample == "valid-area"
     if config.frame == "view" and not possible:
         raise ConfigError(
@@ -492,11 +561,14 @@ def _frame(config: TrainConfig, data: _Data, parent: _Parent | None) -> Frame:
             f"{data.folder.path} has {data.folder.facts.encoding}, azimuth "
             f"{'known' if data.azimuth else 'not known: state it in dataset.yaml'}. Use --frame scanner."
         )
-    if config.frame is not None:
-        return config.frame
-    if parent is not None:  # what it saw
-        return parent.frame if possible else "scanner"
-    return "view" if possible else "scanner"
+    wanted = parent.frame if parent is not None else "view" if config.wrap else "scanner"
+    found = config.frame or (wanted if possible else "scanner")
+    if parent is not None and found != parent.frame and place.rank == 0:
+        log.warning(
+            "%s has learned from normals in the frame %r, this run shows them in %r: much of what it knows is lost.",
+            parent.title, parent.frame, found,
+        )  # fmt: skip
+    return found
 
 
 def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, validated: bool) -> pl.Trainer:
@@ -526,7 +598,7 @@ def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, v
         strategy=DDPStrategy() if place.world_size > 1 else "auto",
         precision=_precision(device) if config.amp else "32-true",
         max_epochs=config.epochs,
-        logger=_loggers(config, place),
+        logger=_loggers(config, place) if place.rank == 0 else False,  # two processes would make the store at once
         callbacks=callbacks,
         plugins=[AtomicCheckpoints()],
         num_sanity_val_steps=0,
@@ -537,7 +609,7 @@ def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, v
 
 
 def _checkpoint(path: Path, *, monitor: str | None, mode: Literal["min", "max"]) -> ModelCheckpoint:
-    return ModelCheckpoint(
+    return MovableCheckpoint(
         path.parent,
         filename=path.stem,
         monitor=monitor,
@@ -552,6 +624,17 @@ def _precision(device: torch.device) -> Literal["bf16-mixed", "16-mixed"]:
     return "16-mixed" if device.type == "cuda" and not torch.cuda.is_bf16_supported() else "bf16-mixed"
 
 
+def _tracked(remembered: Path, uri: str) -> str | None:
+    """The run's number in the tracking store; None where that store does not know it."""
+    run_id = remembered.read_text().strip()
+    try:
+        MlflowClient(uri).get_run(run_id)
+    except MlflowException:
+        log.warning("%s does not know the run %s (was the run folder moved?); a new record begins.", uri, run_id)
+        return None
+    return run_id
+
+
 def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
     uri = place.tracking_uri or f"sqlite:///{place.run.resolve().parent / 'mlflow.db'}"
     remembered = place.run / "mlflow_run_id"
@@ -559,11 +642,10 @@ def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
         "sscloud",
         run_name=place.run.name,
         tracking_uri=uri,
-        run_id=remembered.read_text().strip() if place.resume and remembered.exists() else None,
+        run_id=_tracked(remembered, uri) if place.resume and remembered.exists() else None,
     )
-    if place.rank == 0:
-        atomic_write(remembered, f"{mlflow.run_id}\n".encode())
-        mlflow.log_hyperparams(dataclasses.asdict(config))
+    atomic_write(remembered, f"{mlflow.run_id}\n".encode())
+    mlflow.log_hyperparams({**dataclasses.asdict(config), "learning_rate": config.peak_learning_rate})
     loggers: list[Logger] = [mlflow]
     if place.wandb:
         try:
@@ -588,7 +670,15 @@ def planned(config: TrainConfig, place: Place, *, auto: Collection[str]) -> tupl
         TrainingError: nothing fits.
         DatasetError: the data set cannot be opened.
     """
+    if place.world_size > 1 and place.memory is None:
+        raise ConfigError(
+            "Several processes would plan by what each finds free, and differ. Say with --memory how many GiB each may "
+            "use, or set --scale and --batch-size yourself."
+        )
     folder = open_dataset(Path(config.dataset), labels=Path(config.labels) if config.labels else None)
+    if len({item.size_hw for item in folder.items if item.split != "test"}) > 1:  # they do not fit in one batch
+        auto = {name for name in auto if name != "batch_size"}
+        config = dataclasses.replace(config, batch_size=1)
     plan = memory.plan(
         _architecture(config, config.classes or len(folder.schema.classes)),
         full_hw=_largest(folder),
@@ -615,9 +705,7 @@ def _check_memory(config: TrainConfig, data: _Data, architecture: Architecture, 
     """Refuse what cannot fit in this machine's memory: Linux would kill the process in the middle, without a word."""
     if find_device(place.device).type == "cpu":
         panorama_hw = scaled_size(_largest(data.folder), config.scale)
-        size_hw = panorama_hw
-        if config.crop is not None:
-            size_hw = min(config.crop[0], panorama_hw[0]), min(config.crop[1], panorama_hw[1])
+        size_hw = clipped(config.crop, panorama_hw) if config.crop else panorama_hw
         needed = memory.step_bytes(
             architecture,
             config.batch_size,
@@ -653,7 +741,9 @@ def _device_memory(place: Place) -> int:
     """Bytes that training may use."""
     if place.memory is not None:
         return int(place.memory * 2**30)
-    return memory.available_bytes(find_device(place.device))
+    device = find_device(place.device)
+    sharing = place.processes_per_node if device.type == "cpu" else 1
+    return memory.available_bytes(device) // sharing
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sscloud.labels import LabelSchema
-from training.crops import Crops, Window, crops_per_epoch
+from training.crops import Crops, Window
 from training.dataset import CachedItem
 
 SCHEMA = LabelSchema.default()
@@ -161,10 +161,24 @@ class TestChoose:
 def test_an_epoch_has_as_many_pixels_as_the_panoramas(make_item: MakeItem) -> None:
     items = [make_item("a"), make_item("b"), make_item("small", (40, 50))]
     pixels = 2 * 100 * 200 + 40 * 50
-    assert crops_per_epoch(items, (25, 50)) == 16 + 16 + 2
-    assert crops_per_epoch(items, CROP) * CROP[0] * CROP[1] == pytest.approx(pixels, rel=0.05)
-    assert crops_per_epoch(items, (1000, 1000)) == 3
-    assert len(crops_of(items)) == crops_per_epoch(items, CROP)
+    assert len(crops_of(items, crop=(25, 50))) == 16 + 16 + 2
+    assert len(crops_of(items)) * CROP[0] * CROP[1] == pytest.approx(pixels, rel=0.05)
+    assert len(crops_of(items, crop=(1000, 1000))) == 3
+    assert crops_of(items, crop=(25, 50)).places_of([0, 2]) == [*range(16), 32, 33]
+
+
+def test_known_panoramas_come_less_often(make_item: MakeItem) -> None:
+    items = [make_item("a"), make_item("b")]
+    shown = {
+        replay: [crops_of(items, rare=1.0, known=[0], replay=replay).choose(epoch, 0).item for epoch in range(200)]
+        for replay in (0.0, 0.25, 1.0)
+    }
+
+    assert set(shown[0.0]) == {1}
+    assert shown[0.25].count(0) == pytest.approx(200 * 0.2, abs=20)
+    assert shown[1.0].count(0) == pytest.approx(100, abs=25)
+    # Where nothing else is left, the places of an epoch are what `EpochSampler` leaves of them.
+    assert crops_of(items, rare=1.0, known=[0, 1], replay=0.0).choose(0, 0).item == 0
 
 
 def test_where_classes_lie_is_counted_once(make_item: MakeItem) -> None:

@@ -35,7 +35,7 @@ def run(tmp_path: Path, make_unet: Callable[..., UNet]) -> Path:
     write_config(folder, TrainConfig(dataset="data", scale=0.25, resample="bicubic", base_width=4), facts)
     (folder / "checkpoints").mkdir()
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": {**state, "weights": torch.ones(6)}}, folder / "checkpoints/best.ckpt")
+    torch.save({"epoch": 1, "state_dict": {**state, "weights": torch.ones(6)}}, folder / "checkpoints/best.ckpt")
     with (folder / "metrics.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["epoch", "train_loss", "miou"], [1, 2.0, 0.4], [2, 1.5, 0.6], [3, 1.0, 0.6]])
     return folder
@@ -59,6 +59,28 @@ def test_without_validation_the_last_epoch_counts(run: Path, tmp_path: Path) -> 
 
     bundle = export_bundle(run, tmp_path / "bundle", name="a", version=1)
     assert bundle.manifest.metrics == {"epoch": 2, "train_loss": 0.7}
+
+
+def test_the_metrics_are_those_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    best = run / "checkpoints/best.ckpt"
+    state = torch.load(best, weights_only=True)
+    torch.save({**state, "epoch": 2}, best)
+
+    bundle = export_bundle(run, tmp_path / "bundle", name="a", version=1)
+
+    assert bundle.manifest.metrics == {"epoch": 3, "train_loss": 1.0, "validation_miou": 0.6}
+    torch.save({**state, "epoch": 7}, best)
+    with pytest.raises(BundleError, match=r"has no readable row of epoch 8, which .*Bring the file back, or train on"):
+        export_bundle(run, tmp_path / "other", name="a", version=1)
+
+
+def test_the_frame_and_the_temperature_of_the_run(run: Path, tmp_path: Path) -> None:
+    (run / "metrics.csv").write_text("epoch,train_loss,temperature,seconds,images_per_second\n2,0.7,1.25,3.0,9.0\n")
+
+    manifest = export_bundle(run, tmp_path / "bundle", name="a", version=1).manifest
+
+    assert (manifest.frame, manifest.temperature) == ("scanner", 1.25)
+    assert manifest.metrics == {"epoch": 2, "train_loss": 0.7, "temperature": 1.25}
 
 
 def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
@@ -86,7 +108,7 @@ def test_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"best\.ckpt cannot be read"):
         export_bundle(run, tmp_path / "bundle", name="a", version=1)
     other = UNet(Architecture(classes=6, base_width=8)).state_dict()
-    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in other.items()}}, best)
+    torch.save({"epoch": 0, "state_dict": {f"model.{name}": tensor for name, tensor in other.items()}}, best)
     with pytest.raises(BundleError, match=r"best\.ckpt do not fit the network: inc\.double_conv\.0\.weight: shape"):
         export_bundle(run, tmp_path / "bundle", name="a", version=1)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sscloud.architecture import Architecture
 from sscloud.errors import TrainingError
+from sscloud.forward import is_out_of_memory
 from sscloud.unet import UNet
 from training.losses import make_loss
 from training.memory import (
@@ -16,7 +17,6 @@ from training.memory import (
     _count_once,
     advise,
     available_bytes,
-    is_out_of_memory,
     plan,
     step_bytes,
 )

@@ -106,6 +106,7 @@ def make_evaluation(schema: LabelSchema, *, panoramas: int = 4, groups: int = 2)
             reliability=Reliability(
                 count=counts, right=counts // 2, confidence=counts * (np.arange(BINS) + 0.5) / BINS
             ),
+            digest="",
             seconds=1.5,
         )
         for place in range(panoramas)

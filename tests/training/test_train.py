@@ -39,7 +39,7 @@ from training.metrics import Scores, confusion_matrix, score
 from training.module import SegmentationModule
 from training.sample.generate import generate
 from training.splits import SplitPlan
-from training.train import train
+from training.train import planned, train
 
 pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
 
@@ -423,6 +423,41 @@ def test_two_processes(make_dataset: MakeDataset, tmp_path: Path) -> None:
     assert bundle.manifest.metrics["validation_miou"] == max(float(row["miou"]) for row in rows)
 
 
+_ONE_WITHOUT_A_NUMBER = """
+import os, sys
+from training.losses import Loss
+from tools.cli import main
+real, calls = Loss.forward, []
+def forward(self, *arguments):
+    calls.append(1)
+    loss = real(self, *arguments)
+    return loss * float("nan") if os.environ["RANK"] == "1" and self.training and len(calls) <= 4 else loss
+Loss.forward = forward
+sys.exit(main(sys.argv[1:]))
+"""
+"""The second process has no finite loss in its first steps."""
+
+
+def test_two_processes_skip_a_step_together(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run, program = make_dataset(6), tmp_path / "run", tmp_path / "program.py"
+    program.write_text(_ONE_WITHOUT_A_NUMBER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    settings = {"epochs": 2, "validation": 34, "crop": "32x24", "ema": 0.5, "patience": 5}
+
+    command = [*torchrun, str(program), *flags(data, run, **settings)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+
+    assert done.returncode == 0, done.stderr
+    rows = table(run)
+    assert [float(row["skipped_steps"]) for row in rows] == [4, 0]
+    assert all(np.isfinite(float(row["train_loss"])) for row in rows)
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
 def test_out_of_memory_names_what_fits(
     make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,6 +688,88 @@ def test_new_corrections_are_told_from_what_is_known(
     assert len(second.manifest.learned) == 7  # both versions of the corrected one
     state = torch.load(tmp_path / "second/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 4
+
+
+def test_a_moved_run_remembers_its_best(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run = make_dataset(3), tmp_path / "run"
+    settings = config(data, epochs=3, learning_rate=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(History, "_write", lambda self: _interrupt_after(self, 1))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, Place(run=run, device="cpu"))
+    last = run / "checkpoints/last.ckpt"
+    state = torch.load(last, weights_only=True)
+    (name,) = [name for name in state["callbacks"] if "'miou'" in name]
+    state["callbacks"][name]["best_model_score"] = torch.tensor(0.99)  # better than anything to come
+    state["callbacks"][name]["best_k_models"] = dict.fromkeys(
+        state["callbacks"][name]["best_k_models"], torch.tensor(0.99)
+    )
+    state["callbacks"][name]["current_score"] = torch.tensor(0.99)
+    torch.save(state, last)
+    moved = tmp_path / "elsewhere/run"
+    moved.parent.mkdir()
+    run.rename(moved)
+
+    bundle = train(settings, Place(run=moved, resume=True, device="cpu"))
+
+    assert bundle is not None
+    assert torch.load(moved / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 0
+
+
+def test_an_early_stop_is_not_resumed(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data, run = make_dataset(3), tmp_path / "run"
+    settings = config(data, epochs=30, patience=1, learning_rate=1e-9)
+    train(settings, Place(run=run, device="cpu"))
+    before = (run / "metrics.csv").read_bytes()
+
+    assert train(settings, Place(run=run, resume=True, device="cpu")) is not None
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_what_has_no_effect_is_told(
+    make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"patience": 3, "validation": 0.0, "tilt": 5.0, "crop": (32, 24), "replay": 0.5, "augment": False}
+    fit(make_dataset(2), tmp_path / "run", epochs=1, **asked)
+
+    for flag in ("--patience", "--tilt", "--replay"):
+        assert f"{flag} has no effect" in caplog.text
+    assert "--rare-crops" not in caplog.text
+
+
+def test_sizes_that_do_not_batch_are_not_planned(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(3)
+    for folder in ("imgs", "masks"):
+        file = data / folder / "1_normals.png"
+        Image.open(file).resize((160, 80), Image.Resampling.NEAREST).save(file)
+    place = Place(run=tmp_path / "run", device="cpu", memory=2.0)
+
+    chosen, _ = planned(config(data), place, auto={"batch_size"})
+
+    assert chosen.batch_size == 1
+    with pytest.raises(DatasetError, match=r"2 sizes .* Use --batch-size 1 and no --accumulate"):
+        fit(data, tmp_path / "run", batch_size=2, crop=(32, 24))
+    with pytest.raises(ConfigError, match=r"Several processes would plan by what each finds free"):
+        planned(config(data), Place(run=tmp_path / "run", processes_per_node=2), auto={"scale"})
+
+
+def test_another_frame_than_the_parents_is_told(
+    make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_dataset(2)
+    first = fit(data, tmp_path / "first", epochs=1, validation=0.0)
+    assert first.manifest.frame == "view"
+    again = {"load": str(tmp_path / "first/bundle"), "epochs": 1, "validation": 0.0}
+    assert fit(data, tmp_path / "second", **again).manifest.frame == "view"
+    assert "in the frame" not in caplog.text
+
+    assert fit(data, tmp_path / "third", frame="scanner", **again).manifest.frame == "scanner"
+
+    assert "has learned from normals in the frame 'view', this run shows them in 'scanner'" in caplog.text
+
+
+def test_a_network_without_wrapping_sees_the_scanners_frame(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    assert fit(make_dataset(2), tmp_path / "run", epochs=1, wrap=False).manifest.frame == "scanner"
 
 
 def test_crops_are_not_wrapped_unasked(make_dataset: MakeDataset, tmp_path: Path) -> None:

@@ -149,7 +149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     learning = parser.add_argument_group("learning")
     learning.add_argument(
-        "-l", "--learning-rate", type=float, default=suppress, metavar="LR", help=_of("learning_rate")
+        "-l",
+        "--learning-rate",
+        type=float,
+        default=suppress,
+        metavar="LR",
+        help="peak (default: 1e-3 at base width 64, more for narrower networks)",
     )
     learning.add_argument("--weight-decay", type=float, default=suppress, metavar="WD", help=_of("weight_decay"))
     learning.add_argument(
