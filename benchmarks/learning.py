@@ -249,7 +249,6 @@ def _within(setting: Setting, work: Path, changes: Mapping[str, Any]) -> int:
     whole = time.perf_counter() - started
     seconds = [row["seconds"] for row in metrics(work / "probe")]
     shutil.rmtree(work / "probe")
-    (work / "mlflow.db").unlink(missing_ok=True)
     epoch = (seconds[1] + seconds[2]) / 2
     return max(1, int((setting.budget - (whole - sum(seconds))) / epoch))
 

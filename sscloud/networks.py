@@ -178,7 +178,7 @@ def _library(architecture: Architecture) -> Any:
     except (ImportError, OSError, RuntimeError) as error:  # a torchvision made for another torch raises RuntimeError
         raise ConfigError(
             f"The network {architecture.family!r} needs segmentation-models-pytorch, which cannot be imported: "
-            f"{error}. Install it with: pip install 'sscloud[smp]'"
+            f"{error}. Install it with: pip install segmentation-models-pytorch"
         ) from error
     return smp
 

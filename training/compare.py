@@ -26,6 +26,7 @@ from training.evaluate import (
     Evaluation,
     Gauge,
     about_intervals,
+    check_fit,
     clipped,
     json_number,
     json_numbers,
@@ -126,6 +127,8 @@ def compare(
         DatasetError: masks that are void all over, or names without a group.
     """
     schemas = {"bundle A": first.manifest.labels, "bundle B": second.manifest.labels}
+    for bundle in (first, second):
+        check_fit(bundle, dataset)
     gauge = Gauge(dataset, schemas, group_by=group_by)
     predictors = [Predictor(bundle, device=device, precision="fp32", turns=turns) for bundle in (first, second)]
     for predictor in predictors:
@@ -144,6 +147,8 @@ def compare(
         raise DatasetError(f"Every pixel of the masks in {dataset.path} is void: there is nothing to compare with.")
     divergences.sort(key=lambda each: (-abs(np.nan_to_num(each.miou)), -each.pixels, each.name))
     titles = first.manifest.title, second.manifest.title
+    if titles[0] == titles[1]:
+        titles = str(first.path), str(second.path)
     a_side, b_side = (summarise(gauge.labels, side) for side in zip(*counted, strict=True))
     comparison = _comparison(a_side, b_side, titles, divergences)
     if picture is not None:

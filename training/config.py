@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from sscloud import __version__
 from sscloud.architecture import STRIDE, Architecture, Family
+from sscloud.bundle import ModelBundle
 from sscloud.errors import ConfigError, SSCloudError
 from sscloud.files import atomic_write
 from sscloud.frame import Azimuth, Frame
@@ -251,6 +252,27 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> TrainConfig:
             "--load to build on its model."
         )
     return dataclasses.replace(stored, dataset=given.get("dataset", stored.dataset))
+
+
+def inherited(model: Path) -> dict[str, Any]:
+    """The settings that a run takes over from the bundle it starts from; none from a checkpoint, which has none.
+
+    Raises:
+        BundleError: a folder that is no bundle.
+    """
+    if not model.is_dir():
+        return {}
+    manifest = ModelBundle.load(model).manifest
+    network = manifest.architecture
+    return {
+        "scale": manifest.scale,
+        "resample": manifest.resample,
+        "family": network.family,
+        "encoder": network.encoder,
+        "base_width": network.base_width,
+        "bilinear": network.upsampling != "transposed",
+        "wrap": network.wrap,
+    }
 
 
 def write_config(run: Path, config: TrainConfig, facts: RunFacts) -> None:

@@ -263,8 +263,10 @@ def evaluate(
     Raises:
         SchemaError: masks with ids that neither schema has, or ids that have other names in the bundle.
         ImageError: unreadable files.
-        DatasetError: masks that are void all over, or names without a group.
+        DatasetError: masks that are void all over, names without a group, or panoramas of another encoding.
     """
+    if rank == 0:
+        check_fit(bundle, dataset)
     gauge = Gauge(dataset, {"the bundle": bundle.manifest.labels}, group_by=group_by)
     predictor = Predictor(bundle, device=device, precision="fp32", turns=turns)
     predictor.warm_up()
@@ -280,6 +282,26 @@ def evaluate(
     if rank == 0:
         warn_of_learned(bundle, counted)
     return summarise(gauge.labels, counted)
+
+
+def check_fit(bundle: ModelBundle, dataset: DatasetFolder) -> None:
+    """Refuse what the model cannot be measured on, and say what it can never find.
+
+    Raises:
+        DatasetError: the panoramas encode something else than those the model was trained on.
+    """
+    manifest = bundle.manifest
+    if dataset.facts.encoding != manifest.encoding:
+        raise DatasetError(
+            f"{manifest.title} has learned from panoramas of {manifest.encoding}, those of {dataset.path} are "
+            f"{dataset.facts.encoding} (dataset.yaml). Measure it on its own kind."
+        )
+    missing = [f"{label.name} ({label.id})" for label in dataset.schema.classes if label.id not in manifest.label_ids]
+    if missing:
+        log.warning(
+            "%s has no channel for %s of %s: it can never find them, and their pixels count as missed.",
+            manifest.title, ", ".join(missing), dataset.path,
+        )  # fmt: skip
 
 
 def warn_of_learned(bundle: ModelBundle, panoramas: Sequence[PanoramaResult]) -> None:

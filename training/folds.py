@@ -7,6 +7,7 @@ OUTPUT/
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -167,6 +168,7 @@ def cross_validate(
     _claim(output, config, kept, dealt)
     evaluations = []
     for number, names in enumerate(dealt, 1):
+        print(f"Fold {number} of {count}: {len(names)} of {len(kept.items)} panoramas are left out", file=sys.stderr)
         place = Place(run=output / f"fold-{number}", device=device, name=f"fold-{number}")
         bundle = _trained(config, place, _learning_part(kept, known, names))
         left_out = replace(kept, items=tuple(item for item in kept.items if item.name in names))

@@ -1,6 +1,7 @@
 """How much memory a training step needs, counted without running it, and what to choose so that it fits."""
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -274,6 +275,14 @@ def plan(
         TrainingError: nothing fits.
     """
     budget = int(_SHARE * available)
+    one = _count_once(architecture, (_EVEN, _EVEN), amp=amp, checkpointing=False, has_seam=True)
+    least = _fixed(one, amp=amp, ema=ema)
+    if least >= budget:
+        raise TrainingError(
+            f"The weights with their gradients and moments, and what PyTorch itself needs, take {_gib(least)}, more "
+            f"than {_SHARE:.0%} of the {_gib(available)} that may be used. Give --memory at least "
+            f"{math.ceil(10 * least / _SHARE / 2**30) / 10 + 0.1:.1f}."
+        )
     recomputing = (True,) if checkpointing else (False, True) if architecture.family == "unet" else (False,)
     reasons: list[str] = []
     for tried, panorama_hw, size_hw in _sizes(full_hw, scale, crop):
@@ -288,7 +297,7 @@ def plan(
             if most < 1:
                 continue
             batch = _power_of_two(min(most, _LARGEST_BATCH)) if batch_size is None else _divisor(batch_size, most)
-            reasons.append(f"Scale {tried:g}: {what} need {', '.join(needs)}: {most} at a time fit.")
+            reasons.append(f"Scale {tried:g}: {what} need {', '.join(needs)}: {_fitting(most)}.")
             return Plan(
                 scale=tried,
                 panorama_hw=panorama_hw,
@@ -338,6 +347,10 @@ def _crops(panorama_hw: tuple[int, int]) -> list[tuple[int, int]]:
 
 def _rounded_up(pixels: float) -> int:
     return -int(-pixels // STRIDE) * STRIDE
+
+
+def _fitting(most: int) -> str:
+    return f"{most} at a time fit" if most <= _LARGEST_BATCH else f"more than {_LARGEST_BATCH} at a time fit"
 
 
 def _power_of_two(most: int) -> int:

@@ -33,6 +33,8 @@ _MOST_SKIPPED = 20
 """Steps in a row without a finite gradient after which training has diverged. Mixed precision in float16 begins with a
 loss scale of 2^16 and halves it at every overflow: up to 16 are nothing."""
 
+_ADVICE = "Try a tenth of the --learning-rate, or leave out --amp. The checkpoints of the earlier epochs are whole."
+
 _BAND_PIXELS = 1 << 22
 """That are scored at once in validation."""
 
@@ -136,9 +138,17 @@ class SegmentationModule(pl.LightningModule):
         if self._skipped_in_a_row >= _MOST_SKIPPED:
             raise TrainingError(
                 f"{_MOST_SKIPPED} steps in a row had no finite loss or gradient, the last one in epoch "
-                f"{self.current_epoch + 1}: training diverged. Try a tenth of the --learning-rate, or leave out --amp. "
-                "The checkpoints of the earlier epochs are whole."
+                f"{self.current_epoch + 1}: training diverged. {_ADVICE}"
             )
+
+    def on_train_epoch_end(self) -> None:
+        """Keep no checkpoint of a network that holds numbers that are none.
+
+        Raises:
+            TrainingError: it does.
+        """
+        if not all(torch.isfinite(tensor).all() for tensor in self.model.state_dict().values()):
+            raise TrainingError(f"Training diverged in epoch {self.current_epoch + 1}. {_ADVICE}")
 
     def on_train_epoch_start(self) -> None:
         """Count skipped steps anew."""

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,9 @@ from training.transfer import transfer
 
 LAST = "checkpoints/last.ckpt"
 
+_FEW = 5
+"""Panoramas for validation."""
+
 _ENCODER = "resnet34"
 """Of networks that have one, unless another is asked for."""
 
@@ -149,6 +153,8 @@ def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = N
         tile_bytes=min(MAX_BYTES, _device_memory(place) // 2),
     )
     _check_memory(config, data, model.architecture, place)
+    if place.rank == 0:
+        print(_header(config, data, place), file=sys.stderr)
     if not (place.resume and _has_stopped_early(config, place.run)):
         _fit(module, batches, config, data, place)
     if place.rank > 0:
@@ -190,8 +196,24 @@ def _fit(
             raise KeyboardInterrupt from error
 
 
+def _header(config: TrainConfig, data: "_Data", place: Place) -> str:
+    """What is about to happen, a line."""
+    height, width = scaled_size(_largest(data.folder), config.scale)
+    seen = (
+        f"{width}x{height}"
+        if config.crop is None
+        else f"crops of {config.crop[1]}x{config.crop[0]} of {width}x{height}"
+    )
+    few = ", so few that its mIoU says little" if 0 < len(data.validation) < _FEW else ""
+    return (
+        f"{place.run}: {len(data.training)} panoramas to learn from, {len(data.validation)} to choose the epoch "
+        f"by{few}; {seen} at scale {config.scale:g}, {config.epochs} epochs, {find_device(place.device)}"
+    )
+
+
 def _without_effect(config: TrainConfig, data: "_Data", place: Place) -> list[str]:
     """What was asked for and changes nothing here, a sentence each."""
+    whole_hw = scaled_size(_largest(data.folder), config.scale)
     asked = (
         (
             config.patience is not None and not data.validation,
@@ -205,7 +227,15 @@ def _without_effect(config: TrainConfig, data: "_Data", place: Place) -> list[st
             config.rare_crops != RARE_CROPS and config.crop is None,
             "--rare-crops has no effect without --crop.",
         ),
+        (
+            config.crop is not None and clipped(config.crop, whole_hw) == whole_hw,
+            f"--crop has no effect: the scaled panoramas are {whole_hw[1]}x{whole_hw[0]}.",
+        ),
         (config.replay < 1 and config.load is None, "--replay has no effect without --load."),
+        (
+            config.family == "unet" and (config.encoder is not None or not config.pretrained),
+            "--encoder and --no-pretrained have no effect on a unet, which has no encoder to choose.",
+        ),
         (
             place.checkpoints is not None and config.family != "unet",
             "--pth-checkpoints has no effect: such files hold unets only.",
@@ -301,7 +331,13 @@ def _prepare(config: TrainConfig, place: Place, parent: _Parent | None, folder: 
     items = build_cache(used, scale=config.scale, resample=config.resample, folder=cache, quiet=place.rank > 0)
     cached = {item.name: item for item in items}
     training = [cached[item.name] for item in learned]
-    known = [] if parent is None else [place for place, item in enumerate(training) if item.digest in parent.learned]
+    if not class_shares(training, used.schema).any():
+        raise DatasetError(
+            f"Every pixel of the {len(training)} masks to learn from in {used.path} is void: there is nothing to "
+            "learn. Do the masks hold the ids of labels.yaml?"
+        )
+    learned_before = parent.learned if parent else frozenset()
+    known = [index for index, item in enumerate(training) if item.digest in learned_before]
     windows = None
     if config.crop is not None:
         windows = Crops(
@@ -348,9 +384,9 @@ def _azimuth(config: TrainConfig, folder: DatasetFolder, items: list[CachedItem]
         shares = [facing_share(image, facts.azimuth, elevation) for image in images]
         if warn and (share := float(np.median(shares))) < _FACING:
             log.warning(
-                "%s states azimuth %s, by which only %.0f %% of the returns face the scanner; above %.0f %% are "
-                "expected. Is it right for these scans?",
-                folder.path / FACTS, facts.azimuth, 100 * share, 100 * _FACING,
+                "%s states the azimuth as direction %+d, column 0 at %g degrees, by which only %.0f %% of the upright "
+                "surfaces face the scanner; above %.0f %% are expected. Leave it out to have it found in the data.",
+                folder.path / FACTS, facts.azimuth.direction, facts.azimuth.column_0, 100 * share, 100 * _FACING,
             )  # fmt: skip
         return facts.azimuth
     try:
@@ -645,7 +681,8 @@ def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
         run_id=_tracked(remembered, uri) if place.resume and remembered.exists() else None,
     )
     atomic_write(remembered, f"{mlflow.run_id}\n".encode())
-    mlflow.log_hyperparams({**dataclasses.asdict(config), "learning_rate": config.peak_learning_rate})
+    if not place.resume:  # a run goes on as it was started, if perhaps on a data set that was moved
+        mlflow.log_hyperparams({**dataclasses.asdict(config), "learning_rate": config.peak_learning_rate})
     loggers: list[Logger] = [mlflow]
     if place.wandb:
         try:

@@ -60,10 +60,13 @@ def test_from_data_to_masks(data: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_resume(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "data", "--resume"]) == 2
     assert "There is no run in runs/ to resume" in capsys.readouterr().err
-    assert main(["train", "data", "-o", "runs/a", "--resume", "--epochs", "1", *QUICK]) == 0
-    assert "Nothing to resume in runs/a yet: starting." in capsys.readouterr().out
+    assert main(["train", "data", "-o", "runs/a", "--resume", "--epochs", "1", *QUICK]) == 2
+    assert "There is no run in runs/a to go on with" in capsys.readouterr().err
+    assert main(["train", "data", "-o", "runs/a", "--epochs", "1", *QUICK]) == 0
+    assert "runs/a: 1 panoramas to learn from, 1 to choose the epoch by, so few" in capsys.readouterr().err
     metrics = Path("runs/a/metrics.csv").read_bytes()
     assert main(["train", "data", "--resume", "--device", "cpu"]) == 0  # the latest run, which is done
+    assert "Going on with runs/a." in capsys.readouterr().err
     assert Path("runs/a/metrics.csv").read_bytes() == metrics
 
     assert main(["train", "data", "-o", "runs/a", "--resume", "--epochs", "9", "--scale", "0.25"]) == 2
@@ -94,6 +97,7 @@ def test_errors_before_training(data: Path, capsys: pytest.CaptureFixture[str]) 
         (["data", "--scale", "0.1"], "128x64 at scale 0.1 is 12x6; the network needs at least 16 pixels"),
         (["data", "--epochs", "0"], "--epochs must be at least 1, found 0"),
         (["data", "--load", "missing.pth", *QUICK], "missing.pth cannot be read"),
+        (["data", "--frame", "view", "--pth-checkpoints", "pth"], "A .pth file cannot say that its network sees"),
     ):
         assert main(["train", *arguments]) == 2
         error = capsys.readouterr().err
@@ -116,7 +120,7 @@ def test_what_fits_is_chosen_and_kept(data: Path, capsys: pytest.CaptureFixture[
     assert main(again) == 0  # as it was planned
     assert "Planned" not in capsys.readouterr().err
     assert main(["train", "data", "-o", "runs/b", "--scale", "auto", "--memory", "0.1"]) == 2
-    assert "Nothing fits 0.1 GiB" in capsys.readouterr().err
+    assert "take 0.9 GiB, more than 80% of the 0.1 GiB that may be used. Give --memory at" in capsys.readouterr().err
 
 
 def test_crops_and_the_frame_of_checkpoints(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +138,23 @@ def test_crops_and_the_frame_of_checkpoints(data: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["train", "data", "--crop", "1x2x3"])
     assert "argument --crop: expected a number of pixels or HxW, found 1x2x3" in capsys.readouterr().err
+
+
+def test_a_bundle_brings_its_settings(data: Path) -> None:
+    assert main(["train", "data", "-o", "runs/a", "--epochs", "1", "--bilinear", *QUICK]) == 0
+
+    again = ["train", "data", "-o", "runs/b", "--epochs", "1", "--device", "cpu", "--no-augment"]
+    assert main([*again, "--load", "runs/a/bundle"]) == 0
+
+    stored = json.loads(Path("runs/b/config.json").read_bytes())["config"]
+    assert (stored["scale"], stored["base_width"], stored["bilinear"]) == (0.5, 4, True)
+
+
+def test_going_on_with_a_data_set_that_was_moved(data: Path) -> None:
+    assert main(["train", "data", "-o", "runs/a", "--epochs", "1", *QUICK]) == 0
+    data.rename(data.with_name("moved"))
+
+    assert main(["train", "moved", "-o", "runs/a", "--resume", "--device", "cpu"]) == 0
 
 
 def test_several_processes_need_a_name(

@@ -772,6 +772,31 @@ def test_a_network_without_wrapping_sees_the_scanners_frame(make_dataset: MakeDa
     assert fit(make_dataset(2), tmp_path / "run", epochs=1, wrap=False).manifest.frame == "scanner"
 
 
+def test_a_diverged_network_is_not_kept(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SegmentationModule.on_validation_epoch_end
+
+    def spoil(self: SegmentationModule) -> None:
+        real(self)
+        next(self.model.buffers()).fill_(float("inf"))
+
+    monkeypatch.setattr(SegmentationModule, "on_validation_epoch_end", spoil)
+
+    with pytest.raises(TrainingError, match=r"Training diverged in epoch 1\. Try a tenth of the --learning-rate"):
+        fit(make_dataset(3), tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints/best.ckpt").exists()
+
+
+def test_masks_that_are_void_all_over(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    data = make_dataset(2)
+    for file in (data / "masks").iterdir():
+        Image.new("L", (128, 64), 255).save(file)
+
+    with pytest.raises(DatasetError, match=r"Every pixel of the \d masks to learn from .* is void"):
+        fit(data, tmp_path / "run")
+
+
 def test_crops_are_not_wrapped_unasked(make_dataset: MakeDataset, tmp_path: Path) -> None:
     root = make_dataset(3)
     for folder, mode in (("imgs", "RGB"), ("masks", "L")):

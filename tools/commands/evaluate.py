@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="average over N predictions of a panorama, turned and mirrored (default: 1)",
+        help="average over N predictions of a panorama: turned by 1/N of the circle each, every other one mirrored; 2 "
+        "to 8 are sensible, each costs a prediction (default: 1)",
     )
     parser.add_argument("--folds", type=int, metavar="K", help="cross-validate the recipe of a run")
     parser.add_argument(
@@ -69,10 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda … (default: auto)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write the scores as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print a table."""
+    from sscloud.errors import ConfigError
+
+    if args.output is not None and args.output.exists() and not args.overwrite:
+        raise ConfigError(f"{args.output} exists already. Name another file, or add --overwrite to replace it.")
     return _evaluate(args) if args.folds is None else _cross_validate(args)
 
 
@@ -98,9 +104,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     if rank:
         return 0
     where = args.dataset if split == "all" else f"the {split} part of {args.dataset}"
-    print(f"{bundle.manifest.title} on {where}: {len(evaluation.panoramas)} panoramas\n")
+    print(
+        f"{bundle.manifest.title} on {where}: {len(evaluation.panoramas)} panorama(s)"
+        f"{f', mean of {args.turns} turns' if args.turns > 1 else ''}\n"
+    )
     print(scores_table(evaluation))
-    _write(args.output, evaluation, {"split": split})
+    _write(args.output, evaluation, {"split": split, "turns": args.turns})
     return 0
 
 

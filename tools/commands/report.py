@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda … (default: auto)")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="the page (default: RUN/report.html, which is written anew)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: RUN/report.html, or RUN/report-SPLIT.html of another part; these are written anew)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
 
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     config = read_run(args.run).config
     if args.output is not None and args.output.exists() and not args.overwrite:
         raise ConfigError(f"{args.output} exists already. Name another file, or add --overwrite to replace it.")
-    output = args.output or args.run / REPORT
+    # The page that training made stays.
+    output = args.output or args.run / (REPORT if args.split == "validation" else f"report-{args.split}.html")
     path, labels = args.dataset, args.labels
     if path is None:
         path, labels = Path(config.dataset), labels or (Path(config.labels) if config.labels else None)

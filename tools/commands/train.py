@@ -91,7 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=suppress,
         metavar="MODEL",
-        help="bundle or .pth to start from; its last layer is taken over by label name",
+        help="bundle or .pth to start from; its last layer is taken over by label name. A bundle's scale, network and "
+        "filter count unless you give others",
     )
     what.add_argument(
         "--replay",
@@ -112,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="family",
         choices=get_args(Family),
         default=suppress,
-        help="unet, or one of segmentation-models-pytorch: pip install 'sscloud[smp]' (default: unet)",
+        help="unet, or one of segmentation-models-pytorch: pip install segmentation-models-pytorch (default: unet)",
     )
     network.add_argument(
         "--encoder", default=suppress, metavar="NAME", help="of the others: resnet34, mit_b0 … (default: resnet34)"
@@ -258,7 +259,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from sscloud.errors import ConfigError
-    from training.config import CONFIG, Place, TrainConfig, resumed_config
+    from training.config import CONFIG, Place, TrainConfig, inherited, resumed_config
     from training.train import planned, train
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
@@ -272,9 +273,14 @@ def run(args: argparse.Namespace) -> int:
         output = _latest(Path("runs"), CONFIG) if args.resume else Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
     if output is None:
         raise ConfigError("There is no run in runs/ to resume. Leave --resume out, or name the run with --output.")
-    resume = args.resume and (output / CONFIG).exists()
-    if args.resume and not resume:
-        print(f"Nothing to resume in {output} yet: starting.")
+    resume: bool = args.resume
+    if resume and not (output / CONFIG).exists():
+        raise ConfigError(
+            f"There is no run in {output} to go on with: one that is stopped before its first line has none yet. Leave "
+            "--resume out to start it."
+        )
+    if resume:
+        print(f"Going on with {output}.", file=sys.stderr)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     place = Place(
         run=output,
@@ -291,8 +297,12 @@ def run(args: argparse.Namespace) -> int:
         processes_per_node=local,
         nodes=processes // local,
     )
-    if args.pth_checkpoints is not None:
-        given.setdefault("frame", "scanner")  # such a file cannot say in which other frame it sees normals
+    if args.pth_checkpoints is not None and not resume:
+        if given.get("frame") == "view":
+            raise ConfigError("A .pth file cannot say that its network sees normals in the view frame. Leave one out.")
+        given["frame"] = "scanner"
+    if "load" in given and not resume:
+        given = {**inherited(Path(given["load"])), **given}
     auto = {name for name, value in given.items() if value == AUTO}
     given = {name: value for name, value in given.items() if name not in auto}
     config = resumed_config(output, given) if resume else TrainConfig(**given)
@@ -300,7 +310,12 @@ def run(args: argparse.Namespace) -> int:
         config, plan = planned(config, place, auto=auto)
         if place.rank == 0:
             print(plan.describe(), file=sys.stderr)
-    bundle = train(config, place)
+    try:
+        bundle = train(config, place)
+    except KeyboardInterrupt:
+        if place.rank == 0 and (output / "checkpoints").exists():
+            print(f"\nGo on with: sscloud train {args.dataset} -o {output} --resume", file=sys.stderr)
+        raise
     if bundle is not None:
         metrics = bundle.manifest.metrics
         shown = shlex.quote(str(bundle.path))
