@@ -148,7 +148,7 @@ class TestBuild:
         (tmp_path / f"{LIBRARY}.py").write_text(code, encoding="utf-8")
         monkeypatch.delitem(sys.modules, LIBRARY)
         monkeypatch.syspath_prepend(tmp_path)
-        with pytest.raises(ConfigError, match=rf"'fpn' needs seg.*: {reason}.*pip install 'sscloud\[smp\]'"):
+        with pytest.raises(ConfigError, match=rf"'fpn' needs seg.*: {reason}.*pip install segmentation-models-pytorch"):
             build_network(of())
 
     def test_last_convolution(self) -> None:
@@ -276,7 +276,7 @@ class TestBundle:
 
     def test_without_the_library(self, bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, LIBRARY, None)
-        with pytest.raises(ConfigError, match=r"pip install 'sscloud\[smp\]'"):
+        with pytest.raises(ConfigError, match=r"pip install segmentation-models-pytorch"):
             load_model(ModelBundle.load(bundle.path))
 
     def test_predictor(self, bundle: ModelBundle, make_panorama: Callable[..., NDArray[np.uint8]]) -> None:

@@ -46,7 +46,7 @@ def test_prints_a_table_and_writes_json(
     assert main(["evaluate", str(tiny_bundle.path), str(data), "--device", "cpu", "-o", str(output)]) == 0
 
     printed = capsys.readouterr().out
-    assert printed.startswith(f"Улица v3 on {data}: 1 panoramas\n")
+    assert printed.startswith(f"Улица v3 on {data}: 1 panorama(s)\n")
     assert "Растительность" in printed
     assert printed.endswith(f"Written to {output}\n")
     text = output.read_text(encoding="utf-8")
@@ -72,11 +72,11 @@ def test_frozen_splits(
     command = ["evaluate", str(tiny_bundle.path), str(data), "--device", "cpu", "-o", str(output)]
 
     assert main(command) == 0
-    assert capsys.readouterr().out.startswith(f"Улица v3 on the test part of {data}: 2 panoramas\n")
+    assert capsys.readouterr().out.startswith(f"Улица v3 on the test part of {data}: 2 panorama(s)\n")
     assert json.loads(output.read_bytes())["split"] == "test"
     for name, count in (("train", 3), ("validation", 1), ("all", 6)):
-        assert main([*command, "--split", name]) == 0
-        assert f": {count} panoramas\n" in capsys.readouterr().out
+        assert main([*command, "--overwrite", "--split", name]) == 0
+        assert f": {count} panorama(s)\n" in capsys.readouterr().out
 
 
 def test_no_such_split(data: Path, tiny_bundle: ModelBundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_two_processes_count_the_same(
 
     assert [process.returncode for process in processes] == [0, 0], printed
     assert main([*command, str(tmp_path / "one.json")]) == 0
-    assert printed[0][0].startswith(f"Улица v3 on {data}: 3 panoramas\n")
+    assert printed[0][0].startswith(f"Улица v3 on {data}: 3 panorama(s)\n")
     assert printed[1][0] == ""
     assert not (tmp_path / "rank-1.json").exists()
     one, two = (_without_times(tmp_path / name) for name in ("one.json", "rank-0.json"))
@@ -189,7 +189,7 @@ def test_prints_each_fold(
     assert asked["run"] == run
     assert asked["output"] == run / "folds"
     assert (asked["count"], asked["turns"], asked["group_by"]) == (2, 3, None)
-    assert out.startswith(f"The recipe of {run} on 2 folds of {data}: 1 panoramas\n")
+    assert out.startswith(f"The recipe of {run} on 2 folds of {data}: 1 panorama(s)\n")
     scores = json.loads(output.read_bytes())
     shown = f"{scores['miou']:.3f}"
     assert f"mIoU of each fold: {shown}  {shown}\n" in out

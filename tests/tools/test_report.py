@@ -74,7 +74,7 @@ def test_labels(run: Path) -> None:
     labels = run.parent / "labels.yaml"
     labels.write_text("labels: [{name: Земля, id: 2}, {name: Забор, id: 9}]\n", encoding="utf-8")
     assert main(["report", str(run), "--labels", str(labels), "--split", "all", "--device", "cpu"]) == 0
-    assert "Забор" in (run / "report.html").read_text(encoding="utf-8")
+    assert "Забор" in (run / "report-all.html").read_text(encoding="utf-8")
 
 
 def test_errors_are_one_message(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

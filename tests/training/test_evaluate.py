@@ -168,7 +168,8 @@ def test_pixels_without_a_return_are_void_where_the_schema_says_so(
     assert without.scores.share[0] == 0
     assert without.reliability.count.sum() == without.scores.confusion.sum()
     (root / "dataset.yaml").write_text("encoding: rgb\n")
-    assert evaluate(ground_bundle, open_dataset(root), device="cpu").scores.share[0] > 0  # there black is a colour
+    colours = replace(ground_bundle, manifest=replace(ground_bundle.manifest, encoding="rgb"))
+    assert evaluate(colours, open_dataset(root), device="cpu").scores.share[0] > 0  # there black is a colour
 
 
 def test_weighted_boundary_and_calibration(make_dataset: MakeDataset, tiny_bundle: ModelBundle) -> None:

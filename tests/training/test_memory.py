@@ -205,7 +205,13 @@ class TestPlan:
 
     def test_when_nothing_fits(self) -> None:
         with pytest.raises(
-            TrainingError, match=r"(?s)^Nothing fits 0\.6 GiB.*crops of 416x409 need.*--base-width.*--amp"
+            TrainingError, match=r"(?s)^Nothing fits 1\.1 GiB.*crops of 416x409 need.*--base-width.*--amp"
+        ):
+            self.plan(1.2)
+
+    def test_when_not_even_the_weights_fit(self) -> None:
+        with pytest.raises(
+            TrainingError, match=r"^The weights .* take 0\.9 GiB, more than 80% of the 0\.6 GiB .* --memory at least 1\.2"
         ):
             self.plan(0.6)
 

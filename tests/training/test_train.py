@@ -131,6 +131,7 @@ def test_a_run_folder_is_complete(make_dataset: MakeDataset, tmp_path: Path, mon
         "checkpoints/best.ckpt",
         "bundle/manifest.json",
         "bundle/weights.safetensors",
+        "report.html",
     }
     assert read_run(run).config == config(data, seed=5)
     rows = table(run)
@@ -426,18 +427,22 @@ def test_two_processes(make_dataset: MakeDataset, tmp_path: Path) -> None:
 _ONE_WITHOUT_A_NUMBER = """
 import os, sys
 from training.losses import Loss
+from training.module import SegmentationModule
 from tools.cli import main
-real, calls = Loss.forward, []
-def forward(self, *arguments):
-    calls.append(1)
-    loss = real(self, *arguments)
-    return loss * float("nan") if os.environ["RANK"] == "1" and self.training and len(calls) <= 4 else loss
-Loss.forward = forward
+step, forward = SegmentationModule.training_step, Loss.forward
+def counted_step(self, batch, index):
+    self.loss.broken = os.environ["RANK"] == "1" and self.current_epoch == 0 and index < 4
+    step(self, batch, index)
+def broken_forward(self, *arguments):
+    loss = forward(self, *arguments)
+    return loss * float("nan") if getattr(self, "broken", False) and self.training else loss
+SegmentationModule.training_step, Loss.forward = counted_step, broken_forward
 sys.exit(main(sys.argv[1:]))
 """
 """The second process has no finite loss in its first steps."""
 
 
+@pytest.mark.slow
 def test_two_processes_skip_a_step_together(make_dataset: MakeDataset, tmp_path: Path) -> None:
     data, run, program = make_dataset(6), tmp_path / "run", tmp_path / "program.py"
     program.write_text(_ONE_WITHOUT_A_NUMBER)
@@ -527,6 +532,7 @@ def test_a_step_without_memory_is_tried_again_in_parts(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(self, logits, *rest)
 
+    monkeypatch.setattr("training.train._check_memory", lambda *_: None)  # which counts a step without taking it
     monkeypatch.setattr(Loss, "forward", forward)
     fit(make_dataset(4), tmp_path / "run", validation=0.0, epochs=1, batch_size=4)
 
@@ -601,7 +607,7 @@ def test_crops_are_learned_from(make_dataset: MakeDataset, tmp_path: Path) -> No
 
 def test_large_panoramas_are_validated_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
-    generate(data, count=2, seed=5, width=768)
+    generate(data, count=2, seed=5, width=512)
     settings = {"scale": 1.0, "validation": 50.0, "epochs": 1, "base_width": 2}
     fit(data, tmp_path / "whole", **settings)
     sizes: list[tuple[int, int]] = []
@@ -613,13 +619,13 @@ def test_large_panoramas_are_validated_in_tiles(tmp_path: Path, monkeypatch: pyt
         return real(self, images, wrap=wrap)
 
     monkeypatch.setattr(SegmentationModule, "_logits", logits)
-    monkeypatch.setattr("training.module._BAND_PIXELS", 768 * 100)
+    monkeypatch.setattr("training.module._BAND_PIXELS", 512 * 100)
     with monkeypatch.context() as patch:
-        patch.setattr("training.train.MAX_BYTES", 5 << 20)
+        patch.setattr("training.train.MAX_BYTES", 3 << 20)
         fit(data, tmp_path / "tiled", **settings)
 
     assert len(sizes) > 1
-    assert max(height * width for height, width in sizes) < 384 * 768
+    assert max(height * width for height, width in sizes) < 256 * 512
     whole, tiled = table(tmp_path / "whole")[0], table(tmp_path / "tiled")[0]
     for name in ("miou", "iou_2", "iou_5"):
         assert float(tiled[name]) == pytest.approx(float(whole[name]), abs=2e-3)
@@ -670,7 +676,7 @@ def test_a_wrong_azimuth_is_doubted(
     fit(data, tmp_path / "run", epochs=1)
 
     assert "only" in caplog.text
-    assert "of the returns face the scanner" in caplog.text
+    assert "of the upright surfaces face the scanner" in caplog.text
 
 
 def test_new_corrections_are_told_from_what_is_known(

@@ -136,7 +136,7 @@ def _cross_validate(args: argparse.Namespace) -> int:
         group_by=args.group_by,
     )
     pooled, scores = result.pooled, [fold.scores.miou for fold in result.folds]
-    print(f"The recipe of {args.bundle} on {args.folds} folds of {args.dataset}: {len(pooled.panoramas)} panoramas\n")
+    print(f"The recipe of {args.bundle} on {args.folds} folds of {args.dataset}: {len(pooled.panoramas)} panorama(s)\n")
     print(scores_table(pooled))
     print(f"mIoU of each fold: {'  '.join(shown_score(miou) for miou in scores)}")
     folds = [
