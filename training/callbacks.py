@@ -156,7 +156,8 @@ class EpochLines(Callback):
             with tqdm.external_write_mode(file=sys.stderr):
                 print(
                     f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {loss}{miou}  "
-                    f"{float(metrics['images_per_second']):.1f} images/s{skipped}",
+                    f"{float(metrics['images_per_second']):.1f} images/s "
+                    f"(loader alone {float(metrics['loader_images_per_second']):.0f}){skipped}",
                     file=sys.stderr,
                     flush=True,
                 )
