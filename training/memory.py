@@ -20,6 +20,7 @@ from sscloud.errors import TrainingError
 from sscloud.image import scaled_size
 from sscloud.networks import Network, build_network
 from sscloud.unet import UNet
+from training.config import LossName
 from training.crops import clipped
 from training.losses import make_loss
 
@@ -45,6 +46,9 @@ _LEAST_VIEW = 1 / 4
 """Of a panorama's height, that a crop must show where the plan chooses the scale: detail without its surroundings is
 not worth the time."""
 
+_COUNTED_LOSS: LossName = "ce+dice"
+"""Of a counted step, which has no contents to choose pixels by; what other losses need beyond it is added."""
+
 _COUNTED_BATCH = 2
 """Images in a counted step; normalisation needs two values."""
 
@@ -61,8 +65,9 @@ def step_bytes(
     checkpointing: bool = False,
     has_seam: bool = True,
     ema: bool = False,
+    loss: LossName = "ce+dice",
 ) -> int:
-    """Most memory that a training step with AdamW and the loss ce+dice holds at once.
+    """Most memory that a training step with AdamW holds at once.
 
     The step runs on tensors without contents, and what is alive is added up at every operation: activations, the loss's
     probabilities, gradients in flight. A fixed spare part stands for what the libraries use inside their operations.
@@ -75,8 +80,9 @@ def step_bytes(
         checkpointing: activations are computed twice.
         has_seam: whether the network may wrap; crops may not.
         ema: whether a moving average of the weights is kept.
+        loss: what is trained with.
     """
-    counted = _count(architecture, size_hw, amp=amp, checkpointing=checkpointing, has_seam=has_seam)
+    counted = _count(architecture, size_hw, loss, amp=amp, checkpointing=checkpointing, has_seam=has_seam)
     return _fixed(counted, amp=amp, ema=ema) + batch_size * counted.image
 
 
@@ -97,7 +103,13 @@ def _fixed(counted: _Counted, *, amp: bool, ema: bool) -> int:
 
 
 def _count(
-    architecture: Architecture, size_hw: tuple[int, int], *, amp: bool, checkpointing: bool, has_seam: bool
+    architecture: Architecture,
+    size_hw: tuple[int, int],
+    loss: LossName,
+    *,
+    amp: bool,
+    checkpointing: bool,
+    has_seam: bool,
 ) -> _Counted:
     """Count a step of another size with a UNet, and take it as many times as this one has pixels.
 
@@ -110,7 +122,8 @@ def _count(
         sample = height, width
     found = _count_once(architecture, sample, amp=amp, checkpointing=checkpointing, has_seam=has_seam)
     image = -(-found.image * size_hw[0] * size_hw[1] // (sample[0] * sample[1]))
-    return _Counted(parameters=found.parameters, image=image)
+    more = max(0, _loss_bytes(loss, architecture.classes) - _loss_bytes(_COUNTED_LOSS, architecture.classes))
+    return _Counted(parameters=found.parameters, image=image + more * size_hw[0] * size_hw[1])
 
 
 @lru_cache(maxsize=256)
@@ -129,7 +142,7 @@ def _count_once(
     with mode:
         if isinstance(model, UNet):
             model.checkpointing = checkpointing
-        loss = make_loss("ce+dice", weights=torch.ones(architecture.classes))
+        loss = make_loss(_COUNTED_LOSS, weights=torch.ones(architecture.classes))
         images = torch.empty(_COUNTED_BATCH, 3, *size_hw, dtype=torch.uint8)
         class_maps = torch.empty(_COUNTED_BATCH, *size_hw, dtype=torch.uint8)
         for parameter in model.parameters():
@@ -144,6 +157,19 @@ def _count_once(
         parameters=sum(4 * parameter.numel() for parameter in model.parameters()),
         image=-(-live.peak // _COUNTED_BATCH),
     )
+
+
+@lru_cache
+def _loss_bytes(name: LossName, classes: int) -> int:
+    """Most bytes a pixel that a loss holds beside the logits. With contents: some losses choose pixels by them."""
+    pixels = 64 * 64
+    loss = make_loss(name, weights=torch.ones(classes))
+    logits = torch.zeros(1, classes, 64, 64, requires_grad=True)
+    class_map = (torch.arange(pixels) % classes).view(1, 64, 64).to(torch.uint8)
+    live = _LiveBytes([logits, class_map, *loss.buffers()])
+    with live:
+        loss(logits, class_map).backward()
+    return -(-live.peak // pixels)
 
 
 def _forget_gradient(parameter: Tensor) -> None:
@@ -252,6 +278,7 @@ def plan(
     crop: tuple[int, int] | None = None,
     checkpointing: bool = False,
     ema: bool = False,
+    loss: LossName = "ce+dice",
 ) -> Plan:
     """Choose what was left open so that a step needs at most 80 % of the memory.
 
@@ -270,6 +297,7 @@ def plan(
         crop: (h, w), pixels at model scale; None to cut only where whole panoramas do not fit.
         checkpointing: compute activations twice in any case; else where that is needed.
         ema: whether a moving average of the weights is kept.
+        loss: what is trained with.
 
     Raises:
         TrainingError: nothing fits.
@@ -290,7 +318,7 @@ def plan(
         needs: list[str] = []
         for recompute in recomputing:
             has_seam = size_hw[1] == panorama_hw[1]
-            counted = _count(architecture, size_hw, amp=amp, checkpointing=recompute, has_seam=has_seam)
+            counted = _count(architecture, size_hw, loss, amp=amp, checkpointing=recompute, has_seam=has_seam)
             fixed = _fixed(counted, amp=amp, ema=ema)
             needs.append(f"{_gib(fixed + counted.image)}{' with activations computed twice' if recompute else ''}")
             most = (budget - fixed) // counted.image
@@ -376,6 +404,7 @@ def advise(
     crop: tuple[int, int] | None = None,
     checkpointing: bool = False,
     ema: bool = False,
+    loss: LossName = "ce+dice",
 ) -> str:
     """What would fit instead, as a sentence for a person.
 
@@ -389,6 +418,7 @@ def advise(
         crop: (h, w) as asked for; None for whole panoramas.
         checkpointing: as asked for.
         ema: whether a moving average of the weights is kept.
+        loss: what is trained with.
     """
 
     def needs(batch: int, at: float, cut: tuple[int, int] | None = crop, **changed: bool) -> int:
@@ -400,6 +430,7 @@ def advise(
             size_hw,
             **{"amp": amp, "checkpointing": checkpointing, "ema": ema, **changed},
             has_seam=size_hw[1] == panorama_hw[1],
+            loss=loss,
         )
 
     def possible(at: float) -> bool:
@@ -437,7 +468,7 @@ def advise(
     if not amp and needs(batch_size, scale, amp=True) <= available:
         options.append(f"--amp at --scale {scale:g} --batch-size {batch_size}")
     if not options:
-        return f"{text} No scale fits this device; a smaller --base-width would."
+        return f"{text} No scale fits this device; a smaller {'--base-width' if architecture.family == 'unet' else '--encoder'} would."
     return f"{text} These would fit: {'; or '.join(options)}."
 
 

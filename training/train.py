@@ -726,6 +726,7 @@ def planned(config: TrainConfig, place: Place, *, auto: Collection[str]) -> tupl
         crop=config.crop,
         checkpointing=config.checkpointing,
         ema=config.ema > 0,
+        loss=config.loss,
     )
     chosen = dataclasses.replace(
         config,
@@ -751,6 +752,7 @@ def _check_memory(config: TrainConfig, data: _Data, architecture: Architecture, 
             checkpointing=config.checkpointing,
             has_seam=size_hw[1] == panorama_hw[1],
             ema=config.ema > 0,
+            loss=config.loss,
         )
         if needed > _device_memory(place):
             raise TrainingError(f"Not enough memory. {_advice(config, data, architecture, place)}")
@@ -767,6 +769,7 @@ def _advice(config: TrainConfig, data: _Data, architecture: Architecture, place:
         crop=config.crop,
         checkpointing=config.checkpointing,
         ema=config.ema > 0,
+        loss=config.loss,
     )
 
 

@@ -10,11 +10,13 @@ from sscloud.architecture import Architecture
 from sscloud.errors import TrainingError
 from sscloud.forward import is_out_of_memory
 from sscloud.unet import UNet
+from training.config import LossName
 from training.losses import make_loss
 from training.memory import (
     Plan,
     _count,
     _count_once,
+    _LiveBytes,
     advise,
     available_bytes,
     plan,
@@ -40,6 +42,22 @@ def test_grows_with_what_is_kept() -> None:
     assert bytes_of(scale=1.0) - fixed == pytest.approx(4 * (bytes_of() - fixed), rel=0.02)
     assert 0.4 < (bytes_of(amp=True) - fixed) / (bytes_of() - fixed) < 0.7
     assert step_bytes(SMALL, 1, (256, 512), amp=False, ema=True) - bytes_of() == parameter_bytes()
+
+
+@pytest.mark.parametrize("name", ["ce", "focal+dice", "ce+tversky", "ce+lovasz"])
+def test_other_losses_are_counted(name: LossName) -> None:
+    """Against what the loss alone holds at the size in question."""
+
+    def held(name: LossName) -> int:
+        loss, live = make_loss(name, weights=torch.ones(SMALL.classes)), _LiveBytes([])
+        logits = torch.randn(1, SMALL.classes, 96, 160, requires_grad=True)
+        with live:
+            loss(logits, torch.randint(SMALL.classes, (1, 96, 160)).byte()).backward()
+        return live.peak
+
+    counted = step_bytes(SMALL, 1, (96, 160), amp=False, loss=name) - step_bytes(SMALL, 1, (96, 160), amp=False)
+
+    assert counted == pytest.approx(max(0, held(name) - held("ce+dice")), rel=0.05)
 
 
 def parameter_bytes() -> int:
@@ -68,7 +86,7 @@ def test_activations_are_what_autograd_keeps_and_more() -> None:
 def test_a_count_is_shared_by_sizes_that_are_pooled_alike(size_hw: tuple[int, int]) -> None:
     """Counted as it is, the size needs what the one that stands for it makes believe."""
     exact = _count_once(SMALL, size_hw, amp=False, checkpointing=False, has_seam=True)
-    estimated = _count(SMALL, size_hw, amp=False, checkpointing=False, has_seam=True)
+    estimated = _count(SMALL, size_hw, "ce+dice", amp=False, checkpointing=False, has_seam=True)
 
     assert 0.99 < estimated.image / exact.image < 1.05
     assert estimated.parameters == exact.parameters
@@ -211,7 +229,8 @@ class TestPlan:
 
     def test_when_not_even_the_weights_fit(self) -> None:
         with pytest.raises(
-            TrainingError, match=r"^The weights .* take 0\.9 GiB, more than 80% of the 0\.6 GiB .* --memory at least 1\.2"
+            TrainingError,
+            match=r"^The weights .* take 0\.9 GiB, more than 80% of the 0\.6 GiB .* --memory at least 1\.2",
         ):
             self.plan(0.6)
 
