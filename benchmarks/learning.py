@@ -306,9 +306,8 @@ def goals(summaries: Mapping[str, Result], rarest: Sequence[str]) -> list[str]:
     lines = [f"mIoU {gained:+.3f} (goal +0.10): {'yes' if gained >= 0.1 else 'no'}"]
     for name in rarest:
         before, after = theirs["iou"][name], found["iou"][name]
-        lines.append(
-            f"{name}: IoU {before:.3f} → {after:.3f} (goal twice): {'yes' if after >= 2 * before > 0 or after > before == 0 else 'no'}"
-        )
+        twice = after >= 2 * before and after > 0
+        lines.append(f"{name}: IoU {before:.3f} → {after:.3f} (goal twice): {'yes' if twice else 'no'}")
     if theirs["spread"] is not None:
         smaller = found["spread"] < theirs["spread"]
         lines.append(

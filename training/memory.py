@@ -341,7 +341,7 @@ def plan(
     considered = "\n".join(f"  {reason}" for reason in reasons)
     raise TrainingError(
         f"Nothing fits {_gib(available)}, of which {_SHARE:.0%} may be used:\n{considered}\n"
-        f"A smaller {'--base-width' if architecture.family == 'unet' else '--encoder'} needs less"
+        f"A smaller {_size_flag(architecture)} needs less"
         f"{'' if amp else ', and so does --amp'}."
     )
 
@@ -387,6 +387,10 @@ def _power_of_two(most: int) -> int:
 
 def _divisor(number: int, most: int) -> int:
     return next(part for part in range(min(number, most), 0, -1) if number % part == 0)
+
+
+def _size_flag(architecture: Architecture) -> str:
+    return "--base-width" if architecture.family == "unet" else "--encoder"
 
 
 def _gib(size: int) -> str:
@@ -468,7 +472,7 @@ def advise(
     if not amp and needs(batch_size, scale, amp=True) <= available:
         options.append(f"--amp at --scale {scale:g} --batch-size {batch_size}")
     if not options:
-        return f"{text} No scale fits this device; a smaller {'--base-width' if architecture.family == 'unet' else '--encoder'} would."
+        return f"{text} No scale fits this device; a smaller {_size_flag(architecture)} would."
     return f"{text} These would fit: {'; or '.join(options)}."
 
 
