@@ -621,7 +621,7 @@ def test_large_panoramas_are_validated_in_tiles(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(SegmentationModule, "_logits", logits)
     monkeypatch.setattr("training.module._BAND_PIXELS", 512 * 100)
     with monkeypatch.context() as patch:
-        patch.setattr("training.train.MAX_BYTES", 10 << 20)
+        patch.setattr("training.train.MAX_BYTES", 5 << 20)
         fit(data, tmp_path / "tiled", **settings)
 
     assert len(sizes) > 1
