@@ -5,6 +5,7 @@ from benchmarks.memory import Case, compare, counted_bytes, planned
 TINY = Case(size_hw=(192, 384), base_width=8)
 
 
+@pytest.mark.slow
 def test_a_step_in_a_process_of_its_own_needs_what_was_counted(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = compare([TINY], "cpu")
 

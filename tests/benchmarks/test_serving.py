@@ -94,6 +94,7 @@ def test_divides_classes_by_azimuth() -> None:
     assert scenes.divide(class_map, 2).max() == 1
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_has_a_peak_of_its_own(tmp_path: Path) -> None:
     ballast = np.ones(1 << 26)  # half a gibibyte in this process
     np.save(tmp_path / "logits.npy", np.random.default_rng(0).normal(size=(4, 40, 80)).astype(np.float32))

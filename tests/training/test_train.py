@@ -363,7 +363,8 @@ def test_killed_and_resumed_equals_undisturbed(make_dataset: MakeDataset, tmp_pa
     assert bundles[0].metrics == bundles[1].metrics
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
 def test_killed_at_a_random_moment(make_dataset: MakeDataset, tmp_path: Path, seed: int) -> None:
     data, whole, run = make_dataset(3), tmp_path / "whole", tmp_path / "killed"
     fit(data, whole, epochs=8)
