@@ -147,7 +147,7 @@ def test_killed_and_run_again(street: Street) -> None:
 
 
 def test_ctrl_c(street: Street, capsys: pytest.CaptureFixture[str]) -> None:
-    street.cvat.fail("GET", r"/data/$", Slow(seconds=0.1, bytes=10), times=None)
+    street.cvat.fail("GET", r"/data/$", Slow(seconds=0.5, bytes=10), times=None)
     with street.start(street.local) as process:
         while street.cvat.count("GET", r"/annotations/$") == 0:
             assert process.poll() is None, process.communicate()
