@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import cvat_sdk.auto_annotation as cvataa
-import cvat_standin as standin
 import numpy as np
 import pytest
 import urllib3
@@ -32,8 +31,10 @@ from cvat_sdk.core.helpers import get_paginated_collection
 from cvat_sdk.core.proxies.annotations import AnnotationUpdateAction
 from cvat_sdk.core.proxies.tasks import Task
 from cvat_sdk.core.uploading import DataUploader
-from cvat_standin import CvatStandin, Function, Site, add_shapes, job_shapes, jobs_of, label_ids, make_task, polygon
 from PIL import Image
+
+import cvat_standin as standin
+from cvat_standin import CvatStandin, Function, Site, add_shapes, job_shapes, jobs_of, label_ids, make_task, polygon
 
 LABELS: list[dict[str, Any]] = [
     {

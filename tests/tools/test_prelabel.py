@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cvat_sdk import Client
-from cvat_standin import CvatStandin, Site, Slow, add_shapes, job_shapes, jobs_of, label_ids, make_task, polygon
 from numpy.typing import NDArray
 from PIL import Image
 
+from cvat_standin import CvatStandin, Site, Slow, add_shapes, job_shapes, jobs_of, label_ids, make_task, polygon
 from sscloud.bundle import ModelBundle
 from sscloud.errors import ServerError
 from sscloud.labels import LabelSchema

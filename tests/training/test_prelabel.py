@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cvat_sdk import Client, models
+from executioner import Executioner, Killed
+from numpy.typing import NDArray
+from PIL import Image
+
 from cvat_standin import (
     Body,
     CvatStandin,
@@ -27,10 +31,6 @@ from cvat_standin import (
     polygon,
     set_state,
 )
-from executioner import Executioner, Killed
-from numpy.typing import NDArray
-from PIL import Image
-
 from sscloud.bundle import Manifest, ModelBundle
 from sscloud.checkpoint import save_bundle
 from sscloud.errors import ConfigError, SchemaError, ServerError, UnreachableError

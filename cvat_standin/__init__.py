@@ -59,7 +59,7 @@ Faults and the log:
     server.find(…)             those requests themselves
     server.forget()            empties the log
 
-By hand: `python -m cvat_standin --port 8080` in the folder above this one.
+By hand: `python -m cvat_standin --port 8080` in the checkout.
 """
 
 from cvat_standin.faults import Body, Drop, Fault, Logged, Slow, Status, Truncated
