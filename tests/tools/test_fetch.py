@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pytest
 from cvat_sdk import Client
-from cvat_standin import CvatStandin, Site, Slow, add_shapes, jobs_of, label_ids, make_task, mask, polygon, set_state
 from PIL import Image
 
+from cvat_standin import CvatStandin, Site, Slow, add_shapes, jobs_of, label_ids, make_task, mask, polygon, set_state
 from sscloud.labels import LabelSchema
 from tools.cli import main
 from training.manifest import read_manifest

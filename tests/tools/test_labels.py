@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from cvat_sdk.core.helpers import get_paginated_collection
-from cvat_standin import CvatStandin, Site, add_shapes, job_shapes, jobs_of, label_ids, make_task, polygon
 from PIL import Image
 
+from cvat_standin import CvatStandin, Site, add_shapes, job_shapes, jobs_of, label_ids, make_task, polygon
 from sscloud.labels import LabelSchema
 from tools.cli import main
 from training.cvat import ProjectLabel

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from cvat_sdk import models
 from cvat_sdk.core.proxies.annotations import AnnotationUpdateAction
+from numpy.typing import NDArray
+from PIL import Image
+
 from cvat_standin import (
     Body,
     CvatStandin,
@@ -30,9 +33,6 @@ from cvat_standin import (
     polygon,
     set_state,
 )
-from numpy.typing import NDArray
-from PIL import Image
-
 from sscloud.errors import ConfigError, DatasetError, SchemaError, ServerError
 from sscloud.image import read_label_map
 from sscloud.labels import LabelSchema

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cvat_sdk import Client, models
+from executioner import Executioner, Killed
+from PIL import Image
+
 from cvat_standin import (
     CvatStandin,
     Drop,
@@ -23,9 +26,6 @@ from cvat_standin import (
     make_task,
     polygon,
 )
-from executioner import Executioner, Killed
-from PIL import Image
-
 from sscloud.errors import ConfigError, SchemaError
 from sscloud.labels import LabelSchema
 from training.cvat import Account, FunctionRun, Server
