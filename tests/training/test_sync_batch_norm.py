@@ -108,6 +108,7 @@ def processes(jobs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["equal", "unequal", "unet", "recomputed"])
 def test_two_processes_are_one_with_the_whole_batch(
     jobs: dict[str, Any], processes: list[dict[str, Any]], name: str

@@ -402,6 +402,7 @@ def _interrupt(process: subprocess.Popen[str], line: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_two_processes(make_dataset: MakeDataset, tmp_path: Path) -> None:
     data, run = make_dataset(6), tmp_path / "run"
     with socket.socket() as free:
@@ -606,6 +607,7 @@ def test_crops_are_learned_from(make_dataset: MakeDataset, tmp_path: Path) -> No
     assert read_run(tmp_path / "run").config.crop == (32, 24)
 
 
+@pytest.mark.slow
 def test_large_panoramas_are_validated_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     generate(data, count=2, seed=5, width=512)
