@@ -10,7 +10,9 @@
     │   └── UnreachableError    no answer at all: the next request would fare no better
     ├── DeployError         Nuclio or one of its functions fails, or does not answer as it should
     ├── RequestError        a request to the function is wrong; answered with status 400
+    ├── RegistryError       the store of models cannot be reached, or what it holds cannot be used
     ├── TrainingError       training cannot go on: out of memory, numbers that are no numbers
+    ├── CycleError          a step of `sscloud cycle` failed; what served before goes on serving
     └── ConfigError         a setting, a path or a command-line value is wrong
 
 Anything else that escapes is a defect of SSCloud.
@@ -66,8 +68,16 @@ class RequestError(SSCloudError):
     """A request to the function is wrong."""
 
 
+class RegistryError(SSCloudError):
+    """The store of models cannot be reached, refuses, or holds something that cannot be used."""
+
+
 class TrainingError(SSCloudError):
     """Training cannot go on."""
+
+
+class CycleError(SSCloudError):
+    """A step of a cycle failed; what served before goes on serving."""
 
 
 class ConfigError(SSCloudError):

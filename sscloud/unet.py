@@ -303,7 +303,8 @@ def fill(blank: _Module, state: Mapping[str, object], *, source: str) -> _Module
     Raises:
         BundleError: names every missing, surplus or misshapen tensor.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
+    blanks = blank.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in blanks.items()}
     problems = [f"{name}: missing" for name in expected if name not in state]
     problems += [f"{name}: not part of the network" for name in state if name not in expected]
     for name, size in expected.items():
@@ -320,9 +321,7 @@ def fill(blank: _Module, state: Mapping[str, object], *, source: str) -> _Module
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise BundleError(f"The tensors of {source} do not fit the network: {'; '.join(problems[:8])}{more}.")
     # Assigned: no second copy, and no random numbers to be thrown away.
-    own = {
-        name: tensor.to(blank.state_dict()[name].dtype) for name, tensor in state.items() if isinstance(tensor, Tensor)
-    }
+    own = {name: tensor.to(blanks[name].dtype) for name, tensor in state.items() if isinstance(tensor, Tensor)}
     blank.load_state_dict(own, assign=True)
     return blank.eval()
 

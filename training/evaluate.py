@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sscloud.bundle import ModelBundle
-from sscloud.errors import DatasetError, ImageError, SchemaError
+from sscloud.errors import BundleError, DatasetError, ImageError, SchemaError
 from sscloud.image import no_return, read_image, read_label_map
 from sscloud.inference import Predictor, Segmentation, is_panorama
 from sscloud.labels import VOID, Label, LabelSchema, count_ids
@@ -33,6 +34,19 @@ log = logging.getLogger(__name__)
 
 _NAME_WIDTH = 24
 """Longer names of labels are cut, so that the table fits in 100 columns."""
+
+
+class DamagedModelError(BundleError):
+    """A model cannot be measured because it is damaged, or its training went wrong.
+
+    Args:
+        message: for a person.
+        path: the bundle's folder.
+    """
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +194,7 @@ class Gauge:
 
         Raises:
             ImageError: too small for the model.
+            DamagedModelError: the model's confidences are no numbers.
         """
         item, manifest = example.item, predictor.bundle.manifest
         started = time.perf_counter()
@@ -187,6 +202,12 @@ class Gauge:
             segmentation = predictor.predict(example.image)
         except ImageError as error:
             raise ImageError(f"{item.image}: {error}") from error
+        if not np.isfinite(segmentation.confidence.values).all():
+            raise DamagedModelError(
+                f"{manifest.title} gives no numbers for {item.image.name}: its weights are damaged, or too large to "
+                "compute with. Use another version of the model, or train it again with a smaller --learning-rate.",
+                path=predictor.bundle.path,
+            )
         label_map = segmentation.label_map
         seconds = example.seconds + time.perf_counter() - started
         predicted = self._predicted_index[label_map]

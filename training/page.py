@@ -414,4 +414,9 @@ def jpeg_uri(picture: NDArray[np.uint8], *, most_bytes: int | None = None) -> st
         )
         if most_bytes is None or buffer.tell() <= most_bytes:
             break
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return jpeg_data_uri(buffer.getvalue())
+
+
+def jpeg_data_uri(data: bytes) -> str:
+    """The bytes of a JPEG as a data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
