@@ -33,6 +33,8 @@ What people and other programs do behind the back of a test:
     server.edit_shape(shape_id, points=…, label_id=…) a person's edit: any field, dates move on; `source` stays
     server.make_replicas(job_id, 2)                   consensus replicas of an annotation job → their ids
     server.set_job(job_id, state=…, stage=…)          as a person would
+    server.store.users[2] = "anna"                    another user, who can be given jobs
+    server.store.issues                               issues that are pinned to frames, with their comments
     server.add_organization("slug")                   organisations; X-Organization and org= are then checked
     server.add_export("project", 7, "LabelMe 3.0", b"…zip…")   what exports of this format download
     server.add_function(Function(id="unet", labels=[…], handler=call))    a function in memory: handler(image, payload)
@@ -40,6 +42,10 @@ What people and other programs do behind the back of a test:
                                                       (version="latest" or description=None: the list answers 500)
     server.rename_frame(task_id, 0, "../../evil.jpg") names that no upload would get through
     server.replace_frame(task_id, 0, data)            other bytes for a frame
+
+Webhooks are told of changed states and stages of jobs (event update:job), signed as CVAT signs:
+
+    server.deliveries.wait(); server.deliveries.done  what was sent: event, body, status of the answer
 
 Faults and the log:
 

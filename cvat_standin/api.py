@@ -21,7 +21,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cvat_standin.state import Background, Frame, Job, Json, Label, Project, RefusedError, Task, Upload, not_found
+from cvat_standin.state import (
+    Background,
+    Frame,
+    Issue,
+    Job,
+    Json,
+    Label,
+    Project,
+    RefusedError,
+    Task,
+    Upload,
+    Webhook,
+    not_found,
+)
 
 if TYPE_CHECKING:
     from cvat_standin.server import CvatStandin
@@ -223,6 +236,17 @@ def _self(call: Call) -> Reply:
     rights = {"is_staff": True, "is_superuser": True, "is_active": True, "has_analytics_access": True}
     dates = {"last_login": started, "date_joined": started}
     return Reply({**_owner(call), "email": "annotator@example.org", "groups": ["admin"], **rights, **dates})
+
+
+def _user(call: Call, number: int) -> Json:
+    name = call.server.site.username if number == 1 else call.server.store.users[number]
+    return {"url": call.url(f"/api/users/{number}"), "id": number, "username": name, "first_name": "", "last_name": ""}
+
+
+def _users(call: Call) -> Reply:
+    with call.server.store.lock:
+        rows = [_user(call, number) for number in (1, *call.server.store.users)]
+    return _listed(call, rows, ["username", "first_name", "last_name"])
 
 
 def _organizations(call: Call) -> Reply:
@@ -858,7 +882,7 @@ def _show_job(call: Call, job: Job) -> Json:
         "task_name": task.name,
         "project_id": task.project_id,
         "project_name": None if project is None else project.name,
-        "assignee": None,
+        "assignee": None if job.assignee is None else _user(call, job.assignee),
         "guide_id": None,
         "dimension": "2d",
         "mode": "annotation",
@@ -875,7 +899,10 @@ def _show_job(call: Call, job: Job) -> Json:
         "data_original_chunk_type": "imageset",
         "created_date": _date(job.created),
         "updated_date": _date(job.updated),
-        "issues": {"url": call.url(f"/api/issues?job_id={job.id}"), "count": 0},
+        "issues": {
+            "url": call.url(f"/api/issues?job_id={job.id}"),
+            "count": sum(issue.job_id == job.id for issue in store.issues.values()),
+        },
         "labels": {"url": call.url(f"/api/labels?job_id={job.id}")},
         "type": job.type,
         "organization": task.organization,
@@ -927,7 +954,12 @@ def _patch_job(call: Call) -> Reply:
     body = call.json
     with call.server.store.lock:
         job = call.server.store.job(call.ids["id"])
+        if body.get("assignee") not in (None, 1, *call.server.store.users):
+            raise RefusedError(400, {"assignee": [f'Invalid pk "{body["assignee"]}" - object does not exist.']})
         call.server.change_job(job, state=body.get("state"), stage=body.get("stage"))
+        if "assignee" in body:
+            job.assignee = body["assignee"]
+            call.server.store.touch(job)
         return Reply(_show_job(call, job))
 
 
@@ -938,6 +970,208 @@ def _delete_job(call: Call) -> Reply:
             raise RefusedError(400, ["Only ground truth jobs can be removed"])
         del call.server.store.jobs[job.id]
     return Reply(status=204)
+
+
+# Issues
+
+
+def _show_issue(call: Call, issue: Issue) -> Json:
+    return {
+        "id": issue.id,
+        "frame": issue.frame,
+        "position": issue.position,
+        "job": issue.job_id,
+        "owner": _owner(call),
+        "assignee": None,
+        "created_date": _date(issue.created),
+        "updated_date": _date(issue.created),
+        "resolved": issue.resolved,
+        "comments": {"count": len(issue.comments), "url": call.url(f"/api/comments?issue_id={issue.id}")},
+    }
+
+
+def _chosen_issues(call: Call) -> list[Issue]:
+    """The issues that the query's numbers let through."""
+    store = call.server.store
+    numbers: dict[str, Callable[[Issue], int]] = {
+        "issue_id": lambda issue: issue.id,
+        "job_id": lambda issue: issue.job_id,
+        "frame_id": lambda issue: issue.frame,
+        "task_id": lambda issue: store.jobs[issue.job_id].task_id,
+    }
+    wanted = {name: _number(call.query[name]) for name in numbers if name in call.query}
+    return [v for v in store.issues.values() if all(numbers[name](v) == number for name, number in wanted.items())]
+
+
+def _issues(call: Call) -> Reply:
+    with call.server.store.lock:
+        rows = [_show_issue(call, issue) for issue in _chosen_issues(call)]
+    return _listed(call, rows, [])
+
+
+def _create_issue(call: Call) -> Reply:
+    body, store = call.json, call.server.store
+    if missing := [key for key in ("frame", "job", "message", "position") if body.get(key) in (None, "")]:
+        raise RefusedError(400, {key: ["This field is required."] for key in missing})
+    if not all(type(value) in (int, float) for value in body["position"]):
+        raise RefusedError(400, {"position": {"0": ["A valid number is required."]}})
+    with store.lock:
+        job = store.jobs.get(body["job"])
+        if job is None:
+            raise RefusedError(400, {"job": [f'Invalid pk "{body["job"]}" - object does not exist.']})
+        now = store.now()
+        issue = Issue(
+            id=store.new_id("issue"),
+            job_id=job.id,
+            frame=int(body["frame"]),
+            position=[float(value) for value in body["position"]],
+            comments=[(store.new_id("comment"), str(body["message"]), now)],
+            created=now,
+            resolved=bool(body.get("resolved", False)),
+        )
+        store.issues[issue.id] = issue
+        return Reply(_show_issue(call, issue), 201)
+
+
+def _comments(call: Call) -> Reply:
+    with call.server.store.lock:
+        rows = [
+            {
+                "id": number,
+                "issue": issue.id,
+                "owner": _owner(call),
+                "message": text,
+                "created_date": _date(written),
+                "updated_date": _date(written),
+            }
+            for issue in _chosen_issues(call)
+            for number, text, written in issue.comments
+        ]
+    return _listed(call, rows, [])
+
+
+# Webhooks
+
+
+def _show_webhook(call: Call, webhook: Webhook) -> Json:
+    sent = [delivery for delivery in call.server.deliveries.done if delivery.webhook_id == webhook.id]
+    return {
+        "id": webhook.id,
+        "url": call.url(f"/api/webhooks/{webhook.id}"),
+        "target_url": webhook.target_url,
+        "description": webhook.description,
+        "type": webhook.type,
+        "content_type": "application/json",
+        "is_active": webhook.is_active,
+        "enable_ssl": webhook.enable_ssl,
+        "created_date": _date(webhook.created),
+        "updated_date": _date(webhook.updated),
+        "owner": _owner(call),
+        **({"project_id": webhook.project_id} if webhook.type == "project" else {}),
+        "organization": webhook.organization,
+        "events": webhook.events,
+        **({"last_status": sent[-1].status} if sent else {}),
+    }
+
+
+def _webhooks(call: Call) -> Reply:
+    with call.server.store.lock:
+        rows = [_show_webhook(call, webhook) for webhook in call.server.store.webhooks.values()]
+    return _listed(call, rows, ["target_url", "type", "project_id"])
+
+
+def _check_webhook(body: Json) -> None:
+    if "target_url" in body and not re.match(r"https?://", str(body["target_url"])):
+        raise RefusedError(400, {"target_url": ["Enter a valid URL."]})
+    if len(body.get("secret") or "") > 64:
+        raise RefusedError(400, {"secret": ["Ensure this field has no more than 64 characters."]})
+    if any(re.fullmatch(r"\w+:\w+(\[[\w:]+\])?", str(event)) is None for event in body.get("events") or []):
+        raise RefusedError(400, {"events": ["is not a valid choice."]})
+
+
+def _create_webhook(call: Call) -> Reply:
+    body, store = call.json, call.server.store
+    if missing := [key for key in ("events", "target_url", "type") if not body.get(key)]:
+        raise RefusedError(400, {key: ["This field is required."] for key in missing})
+    _check_webhook(body)
+    with store.lock:
+        if body["type"] not in ("project", "organization"):
+            raise RefusedError(400, {"type": [f'"{body["type"]}" is not a valid choice.']})
+        if body["type"] == "project" and body.get("project_id") not in store.projects:
+            raise RefusedError(400, ["Project with the given id does not exist"])
+        now = store.now()
+        webhook = Webhook(
+            id=store.new_id("webhook"),
+            target_url=body["target_url"],
+            type=body["type"],
+            project_id=body.get("project_id"),
+            organization=_new_organization(call),
+            events=sorted(set(body["events"])),
+            secret=body.get("secret") or "",
+            is_active=bool(body.get("is_active", True)),
+            enable_ssl=bool(body.get("enable_ssl", True)),
+            description=body.get("description", ""),
+            created=now,
+            updated=now,
+        )
+        store.webhooks[webhook.id] = webhook
+        return Reply(_show_webhook(call, webhook), 201)
+
+
+def _found_webhook(call: Call) -> Webhook:
+    if call.ids["id"] not in call.server.store.webhooks:
+        raise not_found("Webhook")
+    return call.server.store.webhooks[call.ids["id"]]
+
+
+def _webhook(call: Call) -> Reply:
+    with call.server.store.lock:
+        return Reply(_show_webhook(call, _found_webhook(call)))
+
+
+def _patch_webhook(call: Call) -> Reply:
+    body, store = call.json, call.server.store
+    _check_webhook(body)
+    with store.lock:
+        webhook = _found_webhook(call)
+        for name in ("target_url", "events", "secret", "is_active", "enable_ssl", "description"):
+            if name in body:
+                setattr(webhook, name, body[name])
+        webhook.updated = store.now()
+        return Reply(_show_webhook(call, webhook))
+
+
+def _delete_webhook(call: Call) -> Reply:
+    with call.server.store.lock:
+        del call.server.store.webhooks[_found_webhook(call).id]
+    return Reply(status=204)
+
+
+def _ping_webhook(call: Call) -> Reply:
+    with call.server.store.lock:
+        webhook = _found_webhook(call)
+        payload = {"event": "ping", "webhook": _show_webhook(call, webhook), "sender": _owner(call)}
+    delivery = call.server.deliveries.send(webhook, payload)
+    return Reply({"webhook_id": webhook.id, "event": "ping", "status_code": delivery.status, "redelivery": False})
+
+
+def job_message(server: "CvatStandin", job: Job, *, before: Json, webhook_id: int) -> Json:
+    """What a webhook is sent when a job has changed.
+
+    Args:
+        server: for addresses and names.
+        job: as it is now.
+        before: what has changed, as it was.
+        webhook_id: of the webhook.
+    """
+    call = Call(server=server, method="", base=server.url, path="", ids={}, query={}, headers={}, cookies={}, body=b"")
+    return {
+        "event": "update:job",
+        "job": _show_job(call, job),
+        "before_update": before,
+        "webhook_id": webhook_id,
+        "sender": _owner(call),
+    }
 
 
 # Annotations
@@ -1016,7 +1250,15 @@ def _show_background(call: Call, request: Background) -> Json:
 
 def _requests(call: Call) -> Reply:
     with call.server.store.lock:
-        rows = [_show_background(call, request) for request in call.server.store.background.values()]
+        requests = [
+            request
+            for request in call.server.store.background.values()
+            if all(
+                call.query.get(name, getattr(request, name)) == getattr(request, name) for name in ("action", "target")
+            )
+            and call.query.get("task_id") in (None, str(request.ids.get("task_id")))
+        ]
+        rows = [_show_background(call, request) for request in requests]
     return _listed(call, rows, ["status"])
 
 
@@ -1114,6 +1356,7 @@ _ROUTES: dict[str, dict[str, Handler]] = {
     "/api/server/about": {"GET": _about},
     "/api/auth/login": {"POST": _login},
     "/api/auth/logout": {"POST": _logout},
+    "/api/users": {"GET": _users},
     "/api/users/self": {"GET": _self},
     "/api/organizations": {"GET": _organizations},
     "/api/projects": {"GET": _projects, "POST": _create_project},
@@ -1132,6 +1375,9 @@ _ROUTES: dict[str, dict[str, Handler]] = {
     "/api/tasks/{id:int}/annotations/": _ANNOTATIONS,
     "/api/tasks/{id:int}/dataset/export": {"POST": _export},
     "/api/tasks/{id:int}/dataset/download": {"GET": _download},
+    "/api/webhooks": {"GET": _webhooks, "POST": _create_webhook},
+    "/api/webhooks/{id:int}": {"GET": _webhook, "PATCH": _patch_webhook, "DELETE": _delete_webhook},
+    "/api/webhooks/{id:int}/ping": {"POST": _ping_webhook},
     "/api/jobs": {"GET": _jobs, "POST": _create_job},
     "/api/jobs/{id:int}": {"GET": _job, "PATCH": _patch_job, "DELETE": _delete_job},
     "/api/jobs/{id:int}/data": {"GET": _data},
@@ -1140,6 +1386,8 @@ _ROUTES: dict[str, dict[str, Handler]] = {
     "/api/jobs/{id:int}/annotations/": _ANNOTATIONS,
     "/api/jobs/{id:int}/dataset/export": {"POST": _export},
     "/api/jobs/{id:int}/dataset/download": {"GET": _download},
+    "/api/issues": {"GET": _issues, "POST": _create_issue},
+    "/api/comments": {"GET": _comments},
     "/api/requests": {"GET": _requests},
     "/api/requests/{id:path}": {"GET": _request},
     "/api/lambda/functions": {"GET": _functions},

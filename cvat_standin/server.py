@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import uvicorn
 
-from cvat_standin.api import make_app
+from cvat_standin.api import job_message, make_app
 from cvat_standin.faults import Fault, FaultBook, FaultyServer, Logged
 from cvat_standin.lambdas import Function, Lambdas
 from cvat_standin.site import Site
 from cvat_standin.state import Job, Json, RefusedError, Store
+from cvat_standin.webhooks import Deliveries
 
 _START_SECONDS = 30.0
 
@@ -35,6 +36,7 @@ class CvatStandin:
         self.started = datetime.now(UTC)
         self.store = Store()
         self.lambdas = Lambdas(self.store)
+        self.deliveries = Deliveries()
         self.sessions: dict[str, str] = {}
         self._book = FaultBook()
         # asyncio turns Nagle's algorithm off for sockets that name their protocol only: 40 ms a reply otherwise.
@@ -208,12 +210,28 @@ class CvatStandin:
             raise RefusedError(400, {"stage": [f'"{stage}" is not a valid choice.']})
         if stage is not None and stage != job.stage and state is None:
             state = "new"
+        before = {"stage": job.stage, "state": job.state}
         job.stage, job.state = stage or job.stage, state or job.state
         if job.stage == "annotation":
             job.status = "annotation"
         else:
             job.status = "completed" if (job.stage, job.state) == ("acceptance", "completed") else "validation"
         job.updated = self.store.now()
+        changed = {name: value for name, value in before.items() if getattr(job, name) != value}
+        if changed:
+            self._tell(job, changed)
+
+    def _tell(self, job: Job, before: Json) -> None:
+        """Send the webhooks that are for it what has changed in a job."""
+        task = self.store.tasks[job.task_id]
+        for webhook in self.store.webhooks.values():
+            ours = (
+                webhook.project_id == task.project_id
+                if webhook.type == "project"
+                else (webhook.organization == task.organization)
+            )
+            if ours and webhook.is_active and "update:job" in webhook.events:
+                self.deliveries.send_later(webhook, job_message(self, job, before=before, webhook_id=webhook.id))
 
     def rename_frame(self, task_id: int, frame: int, name: str) -> None:
         """Give a frame a name that no upload would get through."""

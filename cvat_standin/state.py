@@ -134,11 +134,45 @@ class Job:
     shapes: list[Json] = field(default_factory=list)
     tags: list[Json] = field(default_factory=list)
     tracks: list[Json] = field(default_factory=list)
+    assignee: int | None = None
+    """Number of a user."""
 
     @property
     def frames(self) -> Sequence[int]:
         """Frame numbers, as the task counts them."""
         return range(self.start, self.stop + 1) if self.included is None else self.included
+
+
+@dataclass(slots=True, kw_only=True)
+class Issue:
+    """An issue that is pinned to a frame."""
+
+    id: int
+    job_id: int
+    frame: int
+    position: list[float]
+    comments: list[tuple[int, str, datetime]]
+    """Number, text, time."""
+    created: datetime
+    resolved: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Webhook:
+    """An address that is told of events."""
+
+    id: int
+    target_url: str
+    type: str
+    project_id: int | None
+    organization: int | None
+    events: list[str]
+    secret: str
+    is_active: bool
+    enable_ssl: bool
+    description: str
+    created: datetime
+    updated: datetime
 
 
 @dataclass(slots=True, kw_only=True)
@@ -170,6 +204,10 @@ class Store:
         self.jobs: dict[int, Job] = {}
         self.background: dict[str, Background] = {}
         self.organizations: dict[int, str] = {}
+        self.issues: dict[int, Issue] = {}
+        self.users: dict[int, str] = {}
+        """Number → name of users beside the one who logs in, who is number 1."""
+        self.webhooks: dict[int, Webhook] = {}
         self.exports: dict[tuple[str, int, str], bytes] = {}
         self._ids: dict[str, Iterator[int]] = {}
         self._last = datetime.now(UTC)
@@ -385,6 +423,7 @@ class Store:
         task = self.task(task_id)
         for job in self.jobs_of(task_id):
             del self.jobs[job.id]
+        self.issues = {key: issue for key, issue in self.issues.items() if issue.job_id in self.jobs}
         self.labels = {key: label for key, label in self.labels.items() if label.task_id != task_id}
         del self.tasks[task_id]
         if task.project_id is not None:

@@ -1,0 +1,149 @@
+"""`sscloud watch`: a service that starts `sscloud cycle` when people have finished jobs."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tools.server_arguments import CREDENTIALS, add_server_arguments, open_server
+
+NAME = "watch"
+HELP = "wait for finished jobs, and run a cycle for them; a service"
+DESCRIPTION = f"""\
+Waits until people finish jobs in CVAT, and runs `sscloud cycle` for them: when nothing was finished for --quiet
+minutes, or --at-most minutes after the first job. What is finished while a cycle runs starts one more. A cycle that
+fails is tried again after an hour, three times at most, and with the next finished job. SIGTERM or Ctrl-C ends the
+cycle that runs and the service; nothing is lost by that.
+
+It hears of jobs by a webhook of CVAT, which --register makes, or that you make in the project's page (Actions → Setup
+webhooks: the address with /webhook, event "job updated", the secret). The secret is in SSCLOUD_WEBHOOK_SECRET, 16 to 64
+characters. Messages without its signature, of other projects, and old or repeated ones are refused. Where CVAT cannot
+reach this machine, --poll looks at the server instead; both together are fine. CVAT sends nothing to private addresses
+unless its administrator allows it (SMOKESCREEN_OPTS in its compose file).
+
+http://HOST:PORT/ shows what waits, the last cycle, the champion and the last error; /health.json the same as JSON;
+/healthz is for probes. It binds to this machine only unless --host says otherwise: there is no login. The log, a JSON
+object a line, goes to the standard error stream; what cycles print, to cycles/watch.log.
+
+Settings of the cycles are in cycle.yaml of the workspace; what follows -- goes to `sscloud cycle`.
+
+{CREDENTIALS}"""
+EXAMPLES = """\
+  export CVAT_URL=https://cvat.example.org CVAT_ACCESS_TOKEN=… SSCLOUD_WEBHOOK_SECRET=$(openssl rand -hex 32)
+  sscloud watch --workspace street --project 7 --host 0.0.0.0 --register https://loop.example.org/webhook
+  sscloud watch --workspace street --project 7 --poll 10        # CVAT cannot reach this machine
+  sscloud watch --project 7 --poll 10 --quiet 30 -- --min-new 10 --max-hours 6
+
+Exit status: 0 it was asked to stop; 2 an error."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument(
+        "--workspace", type=Path, default=Path(), metavar="FOLDER", help="where everything is (default: this folder)"
+    )
+    parser.add_argument("--project", type=int, metavar="N", help="project in CVAT (default: that of cycle.yaml)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8090, metavar="N", help="0 for any free one (default: 8090)")
+    parser.add_argument(
+        "--quiet", type=_minutes, default=10.0, metavar="MINUTES", help="without a finished job (default: 10)"
+    )
+    parser.add_argument(
+        "--at-most", type=_minutes, default=60.0, metavar="MINUTES", help="after the first one (default: 60)"
+    )
+    parser.add_argument(
+        "--poll", type=_positive_minutes, metavar="MINUTES", help="look at the server so often (default: never)"
+    )
+    parser.add_argument(
+        "--register", metavar="URL", help="make the webhook in CVAT: the address of this service as CVAT reaches it"
+    )
+    parser.add_argument("cycle", nargs="*", metavar="-- ARGUMENTS", help="of `sscloud cycle`")
+    add_server_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from sscloud.errors import ConfigError, SSCloudError
+    from tools.watch import WatchConfig, finished_work, note, watch
+    from tools.webhooks import SECRET, check_secret, check_target, register
+
+    project = _project(args)
+    secret = os.environ.get(SECRET) or None
+    if secret is not None:
+        check_secret(secret)
+    elif args.register is not None or args.poll is None:
+        raise ConfigError(
+            f"{SECRET} is not set, so no message of CVAT can be believed. Set it (`openssl rand -hex 32` makes one), "
+            "or have this service look at the server with --poll."
+        )
+    webhook = None
+    if args.register is not None and secret is not None:
+        check_target(args.register)
+        with open_server(args) as server:
+            webhook = register(server, project=project, url=args.register, secret=secret)
+
+    def look() -> str:
+        with open_server(args) as server:
+            return finished_work(server, project)
+
+    def ping() -> None:
+        if webhook is None:
+            return
+        try:
+            with open_server(args) as server:
+                status = server.ping_webhook(webhook)
+        except SSCloudError as error:
+            note("ping-failed", error=str(error))
+        else:
+            hint = None if status == 200 else "CVAT does not reach this service there. See SMOKESCREEN_OPTS, or --poll."
+            note("ping", webhook=webhook, url=args.register, status=status, hint=hint)
+
+    config = WatchConfig(
+        workspace=args.workspace,
+        project=project,
+        host=args.host,
+        port=args.port,
+        quiet=60 * args.quiet,
+        at_most=60 * args.at_most,
+        poll=None if args.poll is None else 60 * args.poll,
+        command=_command(args, project),
+    )
+    return watch(config, secret=secret, webhook=webhook, look=look if args.poll is not None else None, when_ready=ping)
+
+
+def _command(args: argparse.Namespace, project: int) -> tuple[str, ...]:
+    """What runs a cycle, with the same server as this service."""
+    flags = ["--workspace", str(args.workspace), "--project", str(project), "--json"]
+    for name in ("profile", "organization"):
+        if (value := getattr(args, name)) is not None:
+            flags += [f"--{name}={value}"]
+    return (sys.executable, "-m", "tools.cli", "cycle", *flags, *args.cycle)
+
+
+def _project(args: argparse.Namespace) -> int:
+    from sscloud.errors import ConfigError
+
+    if args.project is not None:
+        return int(args.project)
+    from training.cycle_config import SETTINGS, read_settings
+
+    found = read_settings(args.workspace / SETTINGS).get("project")
+    if type(found) is not int:
+        raise ConfigError(
+            f"No project is named. Give --project N, or write 'project: N' into {args.workspace / SETTINGS}."
+        )
+    return found
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 60 * 24 * 7:
+        raise argparse.ArgumentTypeError(f"must be minutes, a week at most, found {text}")
+    return value
+
+
+def _positive_minutes(text: str) -> float:
+    value = _minutes(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, found {text}")
+    return value
