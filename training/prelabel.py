@@ -314,6 +314,7 @@ class _Desk:
                         f"task {self._work.task.id}, frame {number} ({frames[number].name}): {error}"
                     )
                 on_frame()
+            self._store.tidy(self._job, self._record)
         finally:
             with self._server.stopping():
                 self._images.close()
@@ -340,6 +341,8 @@ class _Desk:
             report.strange += not drawn.shapes and bool(shapes) and all(map(is_auto, shapes))
             return
         target = Drawn(model=title, settings=settings, shapes=tuple(sorted(identity(shape) for shape in shapes)))
+        names = {label.id: label.name for label in self._met.values()}
+        self._store.keep(self._job, frame.number, target, shapes, labels=names)
         self._note(frame.number, FrameRecord(drawn=drawn, next=target))
         self._write(frame.number, shapes, target)
         if not self._settle(frame.number):

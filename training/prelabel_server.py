@@ -180,6 +180,8 @@ class _Watch:
         self._record = store.load(self._job)
         self._settings = f"function {function.id} version {function.version}, threshold {threshold:g}"
         self._witness = Witness("", frames=(), labels=())
+        self._seen: dict[int, list[dict[str, Any]]] = {}
+        """Frame → its shapes when the job was looked at last."""
         self._looked = -math.inf
         """When the job was looked at last; what another process has started, nobody has seen the beginning of."""
         self._shown = 0
@@ -334,6 +336,7 @@ class _Watch:
                 place.
         """
         self._witness = Witness(self._noted.updated, frames=self._work.frames, labels=tuple(self._met.values()))
+        self._seen = {}
         run = self._wait(run)
         self._check_end(run)
         if run.status == "finished":
@@ -382,6 +385,7 @@ class _Watch:
             annotations = self._server.annotations(self._job)
             others, seconds = holds_others(annotations), time.monotonic() - self._looked
             self._witness.see(updated, annotations.shapes, others=others, seconds=seconds)
+            self._seen = shapes_by_frame(annotations)
         self._looked = began
 
     def _check_end(self, run: FunctionRun) -> None:
@@ -404,7 +408,13 @@ class _Watch:
                 f"Job {self._job} {self._witness.doubt}, so what is in it counts as people's work."
             )
             return
-        self._note(self._drawn({frame: self._witness.first.get(frame, []) for frame in self._work.frames}))
+        record = self._drawn({frame: self._witness.first.get(frame, []) for frame in self._work.frames})
+        # Without a doubt, what is in the job now is what the run has drawn.
+        names = {label.id: label.name for label in self._met.values()}
+        for frame, entry in record.frames.items():
+            self._store.keep(self._job, frame, entry.drawn, self._seen.get(frame, ()), labels=names)
+        self._note(record)
+        self._store.tidy(self._job, record)
 
     def _keep_rest(self, problem: str) -> None:
         """Leave to people what a failed run has left, if anything.

@@ -7,12 +7,20 @@ remembered by what it looks like, job by job:
       cvat.example.org/
         .lock               held by the one that draws
         job-12.json         frame → model, shapes; and what was about to be drawn, so that a killed run knows its own
+        job-12/3-….json.gz  the shapes themselves that were drawn in frame 3: what people's work is measured against
+
+The shapes are written before the record that names them, and the record before they are sent: a record never speaks of
+shapes that nobody has.
 
 A store belongs to the people who pre-label a server together: keep it beside the data set, not in somebody's home.
 """
 
+import gzip
+import hashlib
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +35,23 @@ from sscloud.files import atomic_write
 from training.annotations import fingerprint
 
 FORMAT: Final = 1
+
+MAX_BYTES: Final = 1 << 30
+"""Most bytes of the shapes of one frame, unpacked."""
+
+_KEPT: Final = (
+    "type",
+    "frame",
+    "label_id",
+    "points",
+    "z_order",
+    "rotation",
+    "occluded",
+    "outside",
+    "group",
+    "source",
+    "attributes",
+)
 
 Verdict = Literal["empty", "ours", "people"]
 """Of a frame: nobody drew; exactly what was drawn here is there; anything else."""
@@ -43,8 +68,23 @@ class Drawn:
     shapes: tuple[str, ...] = ()
     """Identities, sorted."""
 
+    @property
+    def key(self) -> str:
+        """Changes with the model, the settings and the shapes; 16 hex digits."""
+        return hashlib.sha256(json.dumps([self.model, self.settings, *self.shapes]).encode()).hexdigest()[:16]
+
 
 NOTHING: Final = Drawn(model="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The shapes that a model drew in a frame."""
+
+    shapes: tuple[Mapping[str, Any], ...] = ()
+    """As they were sent: type, points, label, attributes."""
+    labels: Mapping[int, str] = field(default_factory=dict)
+    """Label id → its name in the task at that time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +202,76 @@ class PrelabelStore:
         text = json.dumps(data, ensure_ascii=False, indent=1)
         atomic_write(self.path(job), (text + "\n").encode())
 
+    def keep(
+        self, job: int, frame: int, drawn: Drawn, shapes: Sequence[Mapping[str, Any]], *, labels: Mapping[int, str]
+    ) -> None:
+        """Keep the shapes that `drawn` speaks of; call it before a record with `drawn` is saved.
+
+        Args:
+            job: the job.
+            frame: number in the task.
+            drawn: what was, or is about to be drawn.
+            shapes: as they are sent, or as the server lists them.
+            labels: label id → name, of the task.
+        """
+        if not shapes:
+            return
+        used = {shape["label_id"] for shape in shapes}
+        data = {
+            "format": FORMAT,
+            "server": self._server,
+            "job": job,
+            "frame": frame,
+            "model": drawn.model,
+            "settings": drawn.settings,
+            "labels": {str(number): name for number, name in sorted(labels.items()) if number in used},
+            "shapes": [{key: shape[key] for key in _KEPT if key in shape} for shape in shapes],
+        }
+        text = json.dumps(data, ensure_ascii=False)
+        # Without a time of writing: the same shapes make the same bytes.
+        atomic_write(self._kept_path(job, frame, drawn), gzip.compress(text.encode(), mtime=0))
+
+    def kept(self, job: int, frame: int, drawn: Drawn) -> Kept | None:
+        """The shapes that `drawn` speaks of; None if they were not kept.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        if not drawn.shapes:
+            return Kept()
+        path = self._kept_path(job, frame, drawn)
+        try:
+            packed = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+        try:
+            return _unpack(packed, drawn)
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} cannot be used ({error}). Bring it back from a copy, or delete it: what the pre-label of "
+                f"frame {frame} of job {job} has saved is unknown then."
+            ) from error
+
+    def tidy(self, job: int, record: JobRecord) -> None:
+        """Delete the shapes that the record of a job does not speak of any more: replaced ones, or never sent."""
+        wanted = {
+            self._kept_path(job, frame, drawn).name
+            for frame, entry in record.frames.items()
+            for drawn in (entry.drawn, entry.next)
+            if drawn is not None
+        }
+        for path in self._kept_folder(job).glob("*.json.gz"):
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    def _kept_folder(self, job: int) -> Path:
+        return self._folder / f"job-{job}"
+
+    def _kept_path(self, job: int, frame: int, drawn: Drawn) -> Path:
+        return self._kept_folder(job) / f"{frame}-{drawn.key}.json.gz"
+
 
 def identity(raw: Mapping[str, Any]) -> str:
     """What makes two shapes of a frame the same, for a shape as it is sent and as the server lists it.
@@ -217,6 +327,19 @@ def surplus(record: FrameRecord, present: Sequence[tuple[int, str]]) -> list[int
 def holds(present: Iterable[str], drawn: Drawn) -> bool:
     """Whether all shapes of `drawn` are there, whatever else is."""
     return Counter(drawn.shapes) <= Counter(present)
+
+
+def _unpack(packed: bytes, drawn: Drawn) -> Kept:
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+        text = stream.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+    data = json.loads(text)
+    labels = {int(number): str(name) for number, name in data["labels"].items()}
+    kept = Kept(shapes=tuple(data["shapes"]), labels=labels)
+    if tuple(sorted(map(identity, kept.shapes))) != drawn.shapes:
+        raise ValueError("its shapes are others than those that were drawn")
+    return kept
 
 
 def _drawn_json(drawn: Drawn) -> dict[str, Any]:

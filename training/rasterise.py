@@ -149,14 +149,34 @@ def rasterise(
         if isinstance(shape, EllipseShape):
             _paint_ellipse(raster, shape, values)
             continue
-        if isinstance(shape, PolygonShape):
-            (x1, y1, x2, y2), mask = _fill(shape.points, size_hw)
-        else:
-            (x1, y1, x2, y2), mask = shape.box_xyxy, _unfold(shape)
-            _check_mask(shape.box_xyxy, mask, size_hw)
+        (x1, y1, x2, y2), mask = cover(shape, size_hw=size_hw)
         for plane, value in zip(raster, values, strict=True):
             np.copyto(plane[y1:y2, x1:x2], np.uint8(value), where=mask)
     return raster
+
+
+def cover(shape: Shape, *, size_hw: tuple[int, int]) -> tuple[tuple[int, int, int, int], NDArray[np.bool_]]:
+    """The pixels that a shape covers.
+
+    Args:
+        shape: see `rasterise`.
+        size_hw: of the image.
+
+    Returns:
+        A half-open box xyxy inside the image, and the (y2 - y1, x2 - x1) bool mask of its pixels.
+
+    Raises:
+        ValueError: see `rasterise`.
+    """
+    if isinstance(shape, PolygonShape):
+        return _fill(shape.points, size_hw)
+    if isinstance(shape, EllipseShape):
+        raster = Raster(np.zeros(size_hw, np.uint8), np.zeros(size_hw, np.uint8))
+        _paint_ellipse(raster, shape, (1, 1))
+        return (0, 0, size_hw[1], size_hw[0]), raster.label_map.astype(np.bool_)
+    mask = _unfold(shape)
+    _check_mask(shape.box_xyxy, mask, size_hw)
+    return shape.box_xyxy, mask
 
 
 def check_polygon(points: NDArray[np.float64], *, size_hw: tuple[int, int]) -> None:

@@ -193,7 +193,7 @@ def test_an_export_of_the_server_is_read_as_an_archive(cvat_server: CvatStandin,
 
 def test_ctrl_c_stops_quietly(cvat_server: CvatStandin, tmp_path: Path) -> None:
     project = make_project(cvat_server.site)
-    cvat_server.fail("GET", r"/tasks/\d+/data/?$", Slow(seconds=0.2, bytes=500), times=None)
+    cvat_server.fail("GET", r"/tasks/\d+/data/?$", Slow(seconds=1, bytes=500), times=None)  # minutes, if it waits
     cvat_server.forget()
     running = subprocess.Popen(
         command("--project", project, "-o", tmp_path / "data"),
@@ -201,9 +201,9 @@ def test_ctrl_c_stops_quietly(cvat_server: CvatStandin, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    _wait_for(lambda: cvat_server.count("GET", r"/annotations") > 0)
+    _wait_for(lambda: cvat_server.count("GET", r"/data/?$") > 0)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=15)
     assert running.returncode == 130
     assert "stopped" in errors
     assert "Traceback" not in errors

@@ -1,6 +1,7 @@
 """Pre-labels that a bundle draws here: exactly once, and never where people have worked."""
 
 import contextlib
+import gzip
 import io
 import json
 import threading
@@ -94,6 +95,10 @@ class MortalStore(PrelabelStore):
         super().save(job, record)
         self.executioner.step()
 
+    def keep(self, job: int, frame: int, drawn: Drawn, shapes: Sequence[Mapping[str, Any]], **options: Any) -> None:
+        super().keep(job, frame, drawn, shapes, **options)
+        self.executioner.step()
+
 
 class Bench:
     """A project of a task with frames, and the means to pre-label it."""
@@ -155,8 +160,23 @@ class Bench:
         """As if nothing had ever been drawn."""
         for job in self.jobs:
             self.delete(job, self.shapes(job))
-        for path in self.store.rglob("*.json"):
+        for path in [*self.store.rglob("*.json"), *self.store.rglob("*.json.gz")]:
             path.unlink()
+
+    def require_kept(self) -> None:
+        """The store has the shapes of every frame, as the server lists them, and no others."""
+        store = PrelabelStore(self.store, server=self.site.url)
+        names = {number: name for name, number in self.labels.items()}
+        files = 0
+        for job in self.jobs:
+            for frame, record in store.load(job).frames.items():
+                kept = store.kept(job, frame, record.drawn)
+                assert kept is not None
+                shapes = [shape for shape in self.shapes(job) if shape["frame"] == frame]
+                assert sorted(map(identity, kept.shapes)) == sorted(map(identity, shapes))
+                assert kept.labels == {shape["label_id"]: names[shape["label_id"]] for shape in shapes}
+                files += bool(shapes)
+        assert len(list(self.store.rglob("*.json.gz"))) == files
 
     def looks(self) -> dict[int, list[tuple[int, str]]]:
         """What is drawn, without the numbers."""
@@ -349,6 +369,7 @@ def test_another_models_pre_labels_are_replaced_when_asked(bench: Bench, next_de
     assert "Улица v4" in values
     assert "Улица v3" not in values
     assert report.shapes == sum(len(bench.shapes(job)) for job in bench.jobs)
+    bench.require_kept()
 
 
 def test_a_store_that_knows_nothing_of_a_models_shapes_says_so(faulty: Bench) -> None:
@@ -627,7 +648,31 @@ def test_killed_anywhere_and_run_again(
             first = looks
         assert looks == first, f"step {steps}"
     assert faulty.looks() == first
-    assert steps == (9 if replacing else 7)
+    faulty.require_kept()
+    assert steps == (10 if replacing else 8)
+
+
+def test_damaged_shapes_are_said(tmp_path: Path) -> None:
+    shape = {**polygon(3, 0, TRIANGLE), "attributes": [{"spec_id": 1, "value": "Улица v3"}]}
+    drawn = Drawn(model="Улица v3", settings="", shapes=(identity(shape),))
+    with PrelabelStore(tmp_path, server="http://cvat") as store:
+        store.keep(7, 0, drawn, [shape], labels={3: "Земля", 4: "Здание"})
+        assert store.kept(7, 1, drawn) is None
+        kept = store.kept(7, 0, drawn)
+        assert kept is not None
+        assert (list(kept.shapes), kept.labels) == ([shape], {3: "Земля"})
+        assert store.kept(7, 0, Drawn(model="Улица v3")) is not None  # nothing was found, so nothing is to be kept
+        (path,) = tmp_path.rglob("*.json.gz")
+        whole = path.read_bytes()
+        others = json.dumps({"labels": {}, "shapes": [{**shape, "label_id": 4}]}).encode()
+        for damaged in (whole[:40], b"no archive", gzip.compress(b"[]"), gzip.compress(others)):
+            path.write_bytes(damaged)
+            with pytest.raises(ConfigError, match="cannot be used"):
+                store.kept(7, 0, drawn)
+        store.tidy(7, JobRecord(frames={0: FrameRecord(next=drawn)}))
+        assert path.exists()
+        store.tidy(7, JobRecord())
+        assert not path.exists()
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

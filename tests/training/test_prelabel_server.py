@@ -309,6 +309,14 @@ def test_another_models_pre_labels_are_replaced_when_asked(bench: Bench) -> None
     for job in bench.jobs:
         assert {value["value"] for shape in bench.shapes(job) for value in shape["attributes"]} == {"Улица v4", "0.75"}
     assert not any(request["cleanup"] for request in bench.requests())
+    store = PrelabelStore(bench.store, server=bench.cvat.url)
+    for job in bench.jobs:
+        for frame, record in store.load(job).frames.items():
+            kept = store.kept(job, frame, record.drawn)
+            assert kept is not None
+            assert {shape["frame"] for shape in kept.shapes} == {frame}
+            assert kept.labels.keys() == {shape["label_id"] for shape in bench.shapes(job)}
+    assert len(list(bench.store.rglob("*.json.gz"))) == 3
 
 
 def test_a_failure_costs_one_job_and_is_tried_again(bench: Bench) -> None:

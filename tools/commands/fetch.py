@@ -13,6 +13,7 @@ from tools.server_arguments import CREDENTIALS, STAGES, STATES, add_server_argum
 from tools.split_arguments import add_split_arguments, plan_from, split_lines
 
 if TYPE_CHECKING:
+    from sscloud.bundle import ModelBundle
     from sscloud.labels import LabelSchema
     from training.cvat import Server
     from training.fetch import Summary
@@ -38,6 +39,10 @@ What belongs together never straddles training, validation and test; decided onc
 
   sscloud fetch --project 7 -o dataset --group-by '^(site\\d+)_'
   sscloud fetch --project 7 -o dataset --ground-truth test # frames of ground-truth jobs are the test set
+
+What people made of the pre-labels is measured too, where `sscloud prelabel` has kept them (see `sscloud effort`):
+
+  sscloud fetch --project 7 -o dataset --prelabels prelabels
 
 Labels:
 
@@ -99,6 +104,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel", type=_parallel, default=4, metavar="N", help="frames in flight at a time, 1 to 16 (default: 4)"
     )
     parser.add_argument(
+        "--prelabels",
+        type=Path,
+        default=Path("prelabels"),
+        metavar="FOLDER",
+        help="what `sscloud prelabel` has kept: with it, the fetched frames are compared with their pre-labels for "
+        "`sscloud effort` (default: prelabels, in this folder, if it is there)",
+    )
+    parser.add_argument(
         "--export",
         metavar="FORMAT",
         help="have CVAT export this format instead ('CVAT for images 1.1', …) and read the archive as "
@@ -158,7 +171,52 @@ def _fetch(args: argparse.Namespace, server: "Server", schema: "LabelSchema") ->
         parallel=args.parallel,
     )
     _print(summary, args, server, schema)
+    _measure_effort(args, server)
     return 1 if summary.left_out else 0
+
+
+def _measure_effort(args: argparse.Namespace, server: "Server") -> None:
+    """What the pre-labels of fetched frames have saved; the data set is there whatever becomes of this."""
+    if not args.prelabels.is_dir():
+        return
+    from sscloud.errors import SSCloudError
+    from training.effort import measure_effort, summarise_effort
+    from training.effort_summary import percent
+
+    try:
+        measured = summarise_effort(measure_effort(server, args.prelabels, args.output, bundle_of=_bundle_of))
+    except (SSCloudError, OSError) as error:
+        print(f"warning: what the pre-labels have saved could not be measured: {error}", file=sys.stderr)
+        return
+    for row in measured.models:
+        print(
+            f"  pre-labels of {row.name}: {percent(row.effort)} changed, in {row.frames} panorama(s) of this snapshot"
+        )
+    if unknown := sum(measured.unknown.values()):
+        print(f"  pre-labels of {unknown} panorama(s) are not known (`sscloud effort` says why)")
+
+
+def _bundle_of(title: str) -> "ModelBundle | None":
+    """The version of that title in the registry of this folder, if there is one."""
+    from sscloud.errors import SSCloudError
+    from tools.tracking import quiet_mlflow, store_uri
+
+    quiet_mlflow()
+    try:
+        from training.registry import open_registry, registered_names
+
+        uri = store_uri(Path())
+        name = title.rpartition(" v")[0]
+        if name not in registered_names(uri):
+            return None
+        registry = open_registry(uri, name=name)
+        version = registry.find(title)
+        return None if version is None else registry.bundle(version.version)
+    except ModuleNotFoundError:
+        return None  # what trains is not installed here
+    except SSCloudError as error:
+        print(f"warning: {title} is not looked up: {error}", file=sys.stderr)
+        return None
 
 
 def _print(summary: "Summary", args: argparse.Namespace, server: "Server", schema: "LabelSchema") -> None:

@@ -23,8 +23,9 @@ other half. --via server presses "Automatic annotation" for a function that CVAT
 have worked are left alone as a whole, and what is in a job in which somebody works while the function runs counts as
 people's work, all of it. So it does when this command did not watch the whole run.
 
-What was drawn is remembered in the folder --store, one file a job. Share it among the people who pre-label a server:
-without it, old pre-labels count as people's work. The command can be stopped, or killed, at any moment and run again.
+What was drawn is remembered in the folder --store: a file a job, and the shapes of every frame, which `sscloud effort`
+compares with what people make of them. Share it among the people who pre-label a server: without it, old pre-labels
+count as people's work. The command can be stopped, or killed, at any moment and run again.
 
 {CREDENTIALS}"""
 EXAMPLES = """\
