@@ -29,7 +29,7 @@ from sscloud.inference import Predictor
 from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
 from training.augment import to_view_frame
-from training.callbacks import History
+from training.callbacks import History, is_used_up
 from training.config import Place, TrainConfig, read_run
 from training.dataset import Panoramas, build_cache, open_dataset, split
 from training.losses import Loss
@@ -163,6 +163,7 @@ def test_metrics_reach_the_mlflow_store(make_dataset: MakeDataset, tmp_path: Pat
     stored = client.get_run(run_id)
     assert stored.info.run_name == "one"
     assert stored.info.status == "FINISHED"
+    assert stored.info.artifact_uri == f"{(tmp_path / 'runs/artifacts').as_uri()}/{run_id}/artifacts"
     assert stored.data.params["learning_rate"] == "0.01"
     history = [metric.value for metric in client.get_metric_history(run_id, "miou")]
     assert history == [float(row["miou"]) for row in table(run)]
@@ -599,6 +600,21 @@ def test_training_stops_early(make_dataset: MakeDataset, tmp_path: Path) -> None
     assert len(rows) == best + 3 < 30
 
 
+def test_training_keeps_to_its_time(
+    make_dataset: MakeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(make_dataset(3), tmp_path / "run", epochs=30, max_hours=1e-9)
+
+    assert len(table(tmp_path / "run")) == 1
+    assert "another epoch would go beyond the budget of 1e-09 h" in capsys.readouterr().err
+
+
+def test_when_a_time_is_used_up() -> None:
+    assert not is_used_up([], 1)
+    assert not is_used_up([1000.0, 1300.0], 1)  # a third one like the second ends at 3600 s
+    assert is_used_up([1000.0, 1301.0], 1)
+
+
 def test_crops_are_learned_from(make_dataset: MakeDataset, tmp_path: Path) -> None:
     bundle = fit(make_dataset(3), tmp_path / "run", crop=(32, 24), batch_size=2, accumulate=2, latitude_weights=True)
 
@@ -725,9 +741,10 @@ def test_a_moved_run_remembers_its_best(make_dataset: MakeDataset, tmp_path: Pat
     assert torch.load(moved / "checkpoints/best.ckpt", weights_only=True)["epoch"] == 0
 
 
-def test_an_early_stop_is_not_resumed(make_dataset: MakeDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", [{"patience": 1}, {"max_hours": 1e-9}])
+def test_an_early_stop_is_not_resumed(make_dataset: MakeDataset, tmp_path: Path, ends: dict[str, float]) -> None:
     data, run = make_dataset(3), tmp_path / "run"
-    settings = config(data, epochs=30, patience=1, learning_rate=1e-9)
+    settings = config(data, epochs=30, learning_rate=1e-9, **ends)
     train(settings, Place(run=run, device="cpu"))
     before = (run / "metrics.csv").read_bytes()
 

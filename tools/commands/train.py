@@ -187,6 +187,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patience", type=int, default=suppress, metavar="N", help="stop after N epochs without a better mIoU"
     )
     learning.add_argument(
+        "--max-hours",
+        type=float,
+        default=suppress,
+        metavar="H",
+        help="stop with the last epoch that ends within H hours of training, interruptions not counted",
+    )
+    learning.add_argument(
         "--no-augment", dest="augment", action="store_false", default=suppress, help="do not turn and mirror panoramas"
     )
     learning.add_argument(
@@ -255,9 +262,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the model is."""
-    # Read by mlflow when it is imported: no reports to its makers, no remarks on a new store.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from tools.tracking import quiet_mlflow
+
+    quiet_mlflow()
     from sscloud.errors import ConfigError
     from training.config import CONFIG, Place, TrainConfig, inherited, resumed_config
     from training.train import planned, train
