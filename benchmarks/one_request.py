@@ -201,7 +201,7 @@ def ours(*, folder: str, image: str, small: str, save: str, device: str) -> dict
     answer = answer_of(packet)
     Path(save, "answer.json").write_text(answer)
     del packet
-    model = worker.user_data.model
+    model = worker.user_data.champion.model
     picture = Path(image).read_bytes()
     fields = json.loads(body)
     with stages("parse"):
@@ -271,7 +271,7 @@ def grown(*, folder: str, image: str, noise: float) -> dict[str, Any]:
 
     worker = context()
     main.init_context(worker)
-    model = worker.user_data.model
+    model = worker.user_data.champion.model
     predict = model._predictor.predict
 
     def noisy(*args: Any, **kwargs: Any) -> Any:

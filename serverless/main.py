@@ -21,12 +21,12 @@ from sscloud.errors import ImageError, RequestError
 from sscloud.stages import Stages
 
 if TYPE_CHECKING:
+    from serverless.champion import Champion
     from serverless.metrics import CONTENT_TYPE, Metrics
-    from serverless.model_handler import ModelHandler
     from serverless.settings import Settings
 else:  # Nuclio puts the function's folder first on the path
+    from champion import Champion
     from metrics import CONTENT_TYPE, Metrics
-    from model_handler import ModelHandler
     from settings import Settings
 
 BUNDLE = Path(__file__).resolve().parent / "bundle"
@@ -47,7 +47,7 @@ class Request:
 
 
 def init_context(context: nuclio_sdk.Context) -> None:
-    """Load and warm up the model; Nuclio calls this once a worker.
+    """Load and warm up the model, and follow the model volume; Nuclio calls this once a worker.
 
     Raises:
         BundleError: the bundle is missing, damaged, or does not fit.
@@ -57,10 +57,12 @@ def init_context(context: nuclio_sdk.Context) -> None:
     # A picture with odd metadata is answered like any other; what Pillow has to say about it is no line of its own.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     settings = Settings.from_environment(os.environ)
-    model = ModelHandler(BUNDLE, settings)
+    champion = Champion(BUNDLE, settings)
+    model = champion.model
     context.user_data.settings = settings
-    context.user_data.model = model
+    context.user_data.champion = champion
     context.user_data.metrics = Metrics(worker=str(context.worker_id), model=model.manifest.title)
+    champion.follow(context.user_data.metrics)
     context.platform.set_termination_callback(lambda: _end(context))
     context.platform.set_drain_callback(lambda: context.logger.info("Told to take no more requests"))
     context.logger.info_with(
@@ -79,7 +81,8 @@ def handler(context: nuclio_sdk.Context, event: nuclio_sdk.Event) -> nuclio_sdk.
     """
     started = time.perf_counter()
     data = context.user_data
-    model: ModelHandler = data.model
+    champion: Champion = data.champion
+    model = champion.model  # of this request, whatever comes meanwhile
     metrics: Metrics = data.metrics
     if event.method == "GET" and event.path == METRICS_PATH:
         return context.Response(body=metrics.text(), headers={}, content_type=CONTENT_TYPE, status_code=200)

@@ -28,6 +28,8 @@ class Metrics:
     def __init__(self, *, worker: str, model: str) -> None:
         self._labels = f'worker="{_escaped(worker)}"'
         self._model = _escaped(model)
+        self._changes: Counter[str] = Counter(taken=0, refused=0)
+        self._refused: str | None = None
         self._requests: Counter[int] = Counter()
         self._buckets: Counter[float] = Counter()
         self._seconds = 0.0
@@ -68,6 +70,28 @@ class Metrics:
         self._totals.update(regions=regions, request_bytes=request_bytes, answer_bytes=answer_bytes)
         self._notes.update(notes or {})
 
+    def take(self, model: str) -> None:
+        """Another model answers from now on. This and the next two may be called from another thread.
+
+        Args:
+            model: its title.
+        """
+        self._model, self._refused = _escaped(model), None
+        self._changes["taken"] += 1
+
+    def refuse(self, bundle: str) -> None:
+        """A new model was refused.
+
+        Args:
+            bundle: what the model volume calls it.
+        """
+        self._refused = _escaped(bundle)
+        self._changes["refused"] += 1
+
+    def settle(self) -> None:
+        """What was refused is wanted no more."""
+        self._refused = None
+
     def text(self) -> str:
         """All series."""
         return "".join(line + "\n" for line in self._lines())
@@ -76,6 +100,15 @@ class Metrics:
         labels = self._labels
         yield from _head("sscloud_model_info", "gauge", "The model that is served.")
         yield f'sscloud_model_info{{{labels},model="{self._model}"}} 1'
+        yield from _head(
+            "sscloud_model_changes_total", "counter", "New models of the model volume, by what became of them."
+        )
+        for result, number in self._changes.items():
+            yield f'sscloud_model_changes_total{{{labels},result="{result}"}} {number}'
+        refused = self._refused  # it may change meanwhile
+        if refused is not None:
+            yield from _head("sscloud_model_refused", "gauge", "The model volume points at it, and it is not served.")
+            yield f'sscloud_model_refused{{{labels},bundle="{refused}"}} 1'
         yield from _head("sscloud_requests_total", "counter", "Requests by the HTTP status of their answer.")
         for status in sorted({200, 400, 500, *self._requests}):
             yield f'sscloud_requests_total{{{labels},status="{status}"}} {self._requests[status]}'

@@ -12,6 +12,7 @@ from sscloud.outlines import outlines, points_json
 from sscloud.regions import find_regions, smallest_region
 from sscloud.shapes import Drawing, answer_json
 from sscloud.stages import Stages
+from sscloud.volume import Published, run_check
 
 if TYPE_CHECKING:
     from serverless.settings import Settings
@@ -63,6 +64,14 @@ class ModelHandler:
     def describe(self) -> str:
         """Library, device and precision that the network runs with, for a log."""
         return self._predictor.describe()
+
+    def check(self, published: Published) -> None:
+        """Segment the test panorama that a version was published with.
+
+        Raises:
+            BundleError: the result is not the expected one.
+        """
+        run_check(published, self._predictor)
 
     def annotate(self, image: bytes, *, threshold: float, stages: Stages) -> Answer:
         """Segment an encoded picture.

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sscloud.errors import ConfigError
@@ -48,14 +49,16 @@ class Settings:
     """SSCLOUD_DECODE: `draft` decodes JPEGs scaled down, which is faster and loses small things."""
     backend: Backend = "torch"
     """SSCLOUD_BACKEND: what runs the network. Packaging sets it."""
+    models: Path | None = None
+    """SSCLOUD_MODELS: folder of the model volume to follow; None serves the packaged bundle for good."""
+    poll: float = 1.0
+    """SSCLOUD_POLL: seconds between two looks at the volume."""
 
     def given(self) -> dict[str, Any]:
         """What differs from what holds when nothing is set, for a log."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        }
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}  # JSON types
+        return {field.name: shown[field.name] for field in fields(self) if given[field.name] != field.default}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -80,6 +83,8 @@ class Settings:
             "precision": lambda name, text: _choice(name, text, get_args(Precision)),
             "decode": lambda name, text: _choice(name, text, get_args(Decode)),
             "backend": lambda name, text: _choice(name, text, get_args(Backend)),
+            "models": lambda _, text: Path(text),
+            "poll": lambda name, text: _number(name, text, above_zero=True),
         }
         return cls(**{names[name]: readers[names[name]](name, text) for name, text in given.items() if text})
 

@@ -14,6 +14,7 @@ pkg/platform/local/platform.go):
 
 import base64
 import contextlib
+import dataclasses
 import datetime
 import http.client
 import io
@@ -27,19 +28,19 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 from PIL import Image
 
 from sscloud.architecture import STRIDE
 from sscloud.bundle import Manifest, ModelBundle
 from sscloud.errors import ConfigError, DeployError
+from sscloud.room import room
+from tools.function_folder import mount_models
 
 PROJECT = "cvat"
 """The Nuclio project whose functions CVAT lists."""
@@ -52,6 +53,10 @@ HOST = "127.0.0.1"
 PORTS = range(32001, 32100)
 """Below the ports that Linux and Windows hand out by themselves, and within those of Kubernetes' node ports."""
 
+_STORE = "/etc/nuclio/store/functions"
+_STORE_CONTAINER = "nuclio-local-storage-reader"
+_READINESS = 60.0
+"""Seconds that Nuclio waits for a function that sets nothing."""
 _MAX_REPLY = 1024 * 1024 * 1024
 _KEPT_LINES = 12
 _PAUSE = 1.0
@@ -77,6 +82,8 @@ class DeployConfig:
     """Docker network that the function joins."""
     registry: str | None = None
     """Where the image is pushed; Kubernetes needs one."""
+    models: Path | None = None
+    """Model volume to follow; made when it is missing. None leaves that to the yaml."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +150,7 @@ def deploy(config: DeployConfig, *, say: Say, now: datetime.datetime | None = No
     """
     function = read_folder(config.folder, gpu=config.gpu)
     manifest = ModelBundle.load(config.folder / "bundle").manifest
-    nuctl = Nuctl(find_program("nuctl", _NUCTL_MISSING), platform=config.platform, namespace=config.namespace, say=say)
+    nuctl = find_nuctl(platform=config.platform, namespace=config.namespace, say=say)
     local = config.platform == "local"
     if local:
         docker = find_program("docker", _DOCKER_MISSING)
@@ -163,7 +170,8 @@ def deploy(config: DeployConfig, *, say: Say, now: datetime.datetime | None = No
     where = f" on port {port}" if port else ""
     say(f"Deploying {function.name}{where}; the first time this takes several minutes.")
     try:
-        nuctl.stream(deploy_arguments(config, function, image=image, port=port), _BUILD_FAILED)
+        with _with_volume(function, config.models) as complete:
+            nuctl.stream(deploy_arguments(config, complete, image=image, port=port), _BUILD_FAILED)
         found, regions = _see_it_answer(nuctl, function, manifest, port=port)
     except (DeployError, KeyboardInterrupt) as error:
         outcome = _go_back(nuctl, function, previous)
@@ -172,6 +180,26 @@ def deploy(config: DeployConfig, *, say: Say, now: datetime.datetime | None = No
             raise
         raise DeployError(f"{error}\n{outcome}") from error
     return Deployed(function.name, image, found, regions)
+
+
+@contextlib.contextmanager
+def _with_volume(function: Function, models: Path | None) -> Iterator[Function]:
+    """The function with a yaml that mounts a model volume, for as long as it is needed."""
+    if models is None:
+        yield function
+        return
+    models.mkdir(parents=True, exist_ok=True)  # Docker would make it, and make it root's
+    with tempfile.TemporaryDirectory(prefix="sscloud-") as temporary:
+        file = Path(temporary) / "function.yaml"
+        try:
+            text = mount_models(function.file.read_text(encoding="utf-8"), models)
+        except KeyError as error:
+            raise ConfigError(
+                f"{function.file} has no list {error}, so the model volume cannot be mounted. Make the folder again "
+                "with `sscloud package BUNDLE -o FOLDER --overwrite`."
+            ) from error
+        file.write_text(text, encoding="utf-8", newline="\n")
+        yield dataclasses.replace(function, file=file)
 
 
 def _see_it_answer(
@@ -201,14 +229,10 @@ def _go_back(nuctl: "Nuctl", function: Function, previous: Previous | None) -> s
     if previous is None or not previous.worked:
         return f"No function {function.name} ran before, so there is none to bring back. {logs}"
     nuctl.say(f"That failed. Bringing the previous image back: {previous.image}")
-    with tempfile.TemporaryDirectory(prefix="sscloud-") as temporary:
-        file = Path(temporary) / "function.yaml"
-        file.write_text(yaml.safe_dump(previous.config, allow_unicode=True), encoding="utf-8")
-        try:
-            nuctl.stream(["deploy", function.name, "--project-name", PROJECT, "--file", str(file)], _BACK_FAILED)
-            nuctl.wait_until_ready(function.name, function.readiness)
-        except DeployError as error:
-            return f"The previous image {previous.image} could not be brought back either: {error}"
+    try:
+        nuctl.deploy_again(function.name, previous.config, _BACK_FAILED, within=function.readiness)
+    except DeployError as error:
+        return f"The previous image {previous.image} could not be brought back either: {error}"
     return f"The previous image runs again: {previous.image}."
 
 
@@ -251,7 +275,7 @@ def read_folder(folder: Path, *, gpu: bool) -> Function:
             file=file,
             name=str(metadata["name"]),
             version=str(int(metadata["annotations"]["version"])),
-            labels=tuple(str(label["name"]) for label in json.loads(metadata["annotations"]["spec"])),
+            labels=label_names(metadata["annotations"]["spec"]),
             image=str(spec["build"]["image"]).split(":")[0],
             base_image=str(spec["build"]["baseImage"]),
             triggers=triggers,
@@ -264,6 +288,15 @@ def read_folder(folder: Path, *, gpu: bool) -> Function:
             f"{file} is no function that CVAT can use: {type(error).__name__}: {error}. Make the folder again with "
             "`sscloud package BUNDLE -o FOLDER --overwrite`."
         ) from error
+
+
+def label_names(spec: Any) -> tuple[str, ...]:
+    """Names of the labels in CVAT's `spec` annotation.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is none.
+    """
+    return tuple(str(label["name"]) for label in json.loads(spec))
 
 
 def deploy_arguments(config: DeployConfig, function: Function, *, image: str, port: int | None) -> list[str]:
@@ -289,6 +322,15 @@ def deploy_arguments(config: DeployConfig, function: Function, *, image: str, po
     if config.registry is not None:
         arguments += ["--registry", config.registry]
     return arguments
+
+
+def find_nuctl(*, platform: str, namespace: str, say: Say) -> "Nuctl":
+    """The nuctl that is on the path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return Nuctl(find_program("nuctl", _NUCTL_MISSING), platform=platform, namespace=namespace, say=say)
 
 
 def find_program(name: str, missing: str) -> str:
@@ -396,27 +438,13 @@ def smoke_request(manifest: Manifest) -> tuple[bytes, tuple[int, int]]:
     height = max(32, math.ceil(STRIDE / manifest.scale) + 1)
     size_hw = height, max(height, round(height * manifest.aspect))
     stream = io.BytesIO()
-    Image.fromarray(_room(size_hw)).save(stream, "JPEG", quality=95)
+    Image.fromarray(room(size_hw)).save(stream, "JPEG", quality=95)
     return request_body(stream.getvalue()), size_hw
 
 
 def request_body(image: bytes) -> bytes:
     """What CVAT posts for an image file."""
     return json.dumps({"image": base64.b64encode(image).decode()}).encode()
-
-
-def _room(size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: encoded normals of a cube around the scanner."""
-    height, width = size_hw
-    elevation = (0.5 - (np.arange(height) + 0.5) / height) * np.pi
-    azimuth = (np.arange(width) + 0.5) / width * 2 * np.pi
-    level = np.cos(elevation)[:, None]
-    up = np.broadcast_to(np.sin(elevation)[:, None], size_hw)
-    direction = np.stack([level * np.cos(azimuth), level * np.sin(azimuth), up], axis=-1)
-    face = np.abs(direction).argmax(axis=-1)[..., None]
-    normal = np.zeros_like(direction)
-    np.put_along_axis(normal, face, -np.sign(np.take_along_axis(direction, face, axis=-1)), axis=-1)
-    return np.rint((normal * 0.5 + 0.5) * 255).astype(np.uint8)
 
 
 def ask(port: int, body: bytes, *, within: float, host: str = HOST) -> bytes:
@@ -593,6 +621,63 @@ class Nuctl:
             worked=bool(spec.get("image")) and status.get("state") in _WORKED,
         )
 
+    def deploy_again(self, name: str, config: Mapping[str, Any], failed: str, *, within: float) -> None:
+        """Deploy a configuration as Nuclio stored it, with the image that it names, and wait until it runs.
+
+        Raises:
+            DeployError: it does not.
+        """
+        with tempfile.TemporaryDirectory(prefix="sscloud-") as temporary:
+            file = Path(temporary) / "function.yaml"
+            file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+            self.stream(["deploy", name, "--project-name", PROJECT, "--file", str(file)], failed)
+        self.wait_until_ready(name, within)
+
+    def restart(self, name: str, *, annotations: Mapping[str, str], description: str) -> None:
+        """Start a function's container again with other metadata, and the image that it has.
+
+        Raises:
+            DeployError: it does not start.
+        """
+        previous = self.previous(name)
+        if previous is None or not previous.worked:
+            raise DeployError(f"The function {name} does not run, so it cannot be started again.")
+        metadata, spec = previous.config["metadata"], previous.config["spec"]
+        config = {
+            "metadata": {**metadata, "annotations": {**json_object(metadata.get("annotations")), **annotations}},
+            "spec": {**spec, "description": description},
+        }
+        within = float(spec.get("readinessTimeoutSeconds") or _READINESS)
+        self.deploy_again(name, config, "The function could not be started again.", within=within)
+
+    def relabel(self, name: str, *, annotations: Mapping[str, str], description: str) -> bool:
+        """Change the metadata of a function that runs in Docker, and leave its container alone.
+
+        Nuclio has no command for it: `nuctl update function` does nothing without Kubernetes, every deployment removes
+        the container first. What Nuclio lists is a file of base64 JSON in its volume (pkg/platform/local/client/
+        store.go); this changes that file, from within the container through which Nuclio itself reads and writes it.
+
+        Returns:
+            whether Nuclio shows the change; not where its files are kept otherwise, or nuctl fails.
+        """
+        docker = shutil.which("docker")
+        if docker is None:
+            return False
+        path = f"{_STORE}/{self.namespace}/{name}.json"
+        inside = [docker, "exec", "-i", _STORE_CONTAINER]
+        done = _run([*inside, "cat", path])
+        new = changed_row(done.stdout, name=name, annotations=annotations, description=description)
+        if done.returncode != 0 or new is None:
+            return False
+        # A name with a dot is not among those that Nuclio lists; a file is replaced as a whole.
+        hidden = f"{_STORE}/{self.namespace}/.{name}.json"
+        done = _run([*inside, "sh", "-c", 'cat > "$1" && mv "$1" "$2"', "sh", hidden, path], body=new.encode())
+        try:
+            shown = json_object(json_object((self.status(name) or {}).get("metadata")).get("annotations"))
+        except DeployError:
+            return False
+        return done.returncode == 0 and all(shown.get(key) == value for key, value in annotations.items())
+
     def ensure_project(self) -> None:
         """Make the project that CVAT looks at, if Nuclio has none.
 
@@ -647,6 +732,19 @@ class Nuctl:
                 return None
             raise DeployError(f"The function does not answer a panorama: {_last_line(done)}")
         return done.stdout.partition("> Response body:")[2].encode()
+
+
+def changed_row(row: str, *, name: str, annotations: Mapping[str, str], description: str) -> str | None:
+    """A function's file in Nuclio's store with other metadata; None when it is not what Nuclio writes."""
+    try:
+        data = json.loads(base64.b64decode(row.strip(), validate=True))
+        if data["metadata"]["name"] != name or not data["metadata"]["annotations"] or not data["spec"]["image"]:
+            return None
+        data["metadata"]["annotations"].update(annotations)
+        data["spec"]["description"] = description
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return base64.b64encode(json.dumps(data).encode()).decode() + "\n"
 
 
 def json_object(value: Any) -> dict[str, Any]:

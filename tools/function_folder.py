@@ -24,10 +24,16 @@ from sscloud.inference import Backend
 from sscloud.labels import LabelSchema
 from sscloud.shapes import ATTRIBUTES
 
-MODULES = ("main.py", "metrics.py", "model_handler.py", "settings.py")
+MODULES = ("champion.py", "main.py", "metrics.py", "model_handler.py", "settings.py")
 TEMPLATES = ("function.yaml", "function-gpu.yaml")
 OPENVINO_TEMPLATE = "function-openvino.yaml"
 """Takes the place of function.yaml: the same but for what computes."""
+
+MODELS, BACKEND = "SSCLOUD_MODELS", "SSCLOUD_BACKEND"
+"""Settings of the function that deploying has to know: the model volume, and what computes."""
+
+MOUNT = "/opt/sscloud/models"
+"""Where the model volume is in the function's container."""
 
 LIBRARY = "pip install segmentation-models-pytorch==0.6.0 timm==1.0.31"
 """What computes networks of other families than `unet`; timm names the parameters of its encoders."""
@@ -50,6 +56,7 @@ def package(
     name: str | None = None,
     backend: Backend = "torch",
     calibrate: Sequence[Path] = (),
+    models: Path | None = None,
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> str:
@@ -61,6 +68,8 @@ def package(
         name: the function's name in Nuclio; None makes one of the bundle's name.
         backend: what function.yaml computes with; function-gpu.yaml takes PyTorch.
         calibrate: images to fit int8 to, which OpenVINO then computes in; none for its other precisions.
+        models: a model volume on the machine where it will run, from which the function takes newer versions; None
+            serves the bundle for good.
         overwrite: replace `folder` when it exists.
         tell: told, for people, how OpenVINO's results compare with PyTorch's.
 
@@ -90,6 +99,8 @@ def package(
             filled = fill_template(text, bundle.manifest, name=function_name)
             if family != "unet":
                 filled = add_build_steps(filled, [TORCHVISION[template], LIBRARY])
+            if models is not None:
+                filled = mount_models(filled, models)
             (target / template).write_text(filled, encoding="utf-8", newline="\n")
         for module in MODULES:
             shutil.copyfile(_source() / module, target / module)
@@ -219,6 +230,56 @@ def add_build_steps(text: str, commands: Sequence[str]) -> str:
     steps = "".join(f"\n{indent}- kind: RUN\n{indent}  value: {command}" for command in commands)
     end = len(text[: node.end_mark.index].rstrip())
     return text[:end] + steps + text[end:]
+
+
+def mount_models(text: str, models: Path) -> str:
+    """Let a function mount a model volume and follow it.
+
+    Args:
+        text: a function's yaml.
+        models: the volume's folder on the machine where the function runs.
+
+    Raises:
+        KeyError: the yaml has no `env` or no `volumes`.
+    """
+    spec = yaml.safe_load(text)["spec"]
+    env = [entry for entry in spec["env"] or [] if entry["name"] != MODELS]
+    volumes = [entry for entry in spec["volumes"] or [] if entry["volumeMount"]["mountPath"] != MOUNT]
+    mount = {
+        "volume": {"name": "models", "hostPath": {"path": str(models.resolve())}},
+        "volumeMount": {"name": "models", "mountPath": MOUNT, "readOnly": True},
+    }
+    text = replace_list(text, ("spec", "env"), [*env, {"name": MODELS, "value": MOUNT}])
+    return replace_list(text, ("spec", "volumes"), [*volumes, mount])
+
+
+def replace_list(text: str, path: Sequence[str], values: Sequence[object]) -> str:
+    """Replace a list of a YAML document where it stands, so that comments outside it and order stay.
+
+    Args:
+        text: the document; its root is a mapping.
+        path: keys that lead to the list.
+        values: the new one, not empty.
+
+    Raises:
+        KeyError: the document has no list there, or not in lines of its own.
+    """
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    key_node: yaml.Node | None = None
+    for key in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) and not node.flow_style else []
+        key_node, node = next((pair for pair in pairs if pair[0].value == key), (None, None))
+    if key_node is None or not isinstance(node, yaml.SequenceNode):
+        raise KeyError(".".join(path))
+    end = node
+    while not end.flow_style and isinstance(end, yaml.CollectionNode) and end.value:  # a block ends after its comments
+        last = end.value[-1]
+        end = last[1] if isinstance(last, tuple) else last
+        if isinstance(end, yaml.ScalarNode):
+            break
+    indent = key_node.start_mark.column + 2
+    block = _indented(yaml.safe_dump(list(values), allow_unicode=True, sort_keys=False, width=10_000), indent)
+    return text[: key_node.end_mark.index] + ":\n" + block.rstrip() + text[end.end_mark.index :]
 
 
 def _source() -> Path:

@@ -8,6 +8,7 @@ path, each with one request at a time, as Nuclio's workers do. Their number and 
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import socket
 import struct
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sscloud.errors import ConfigError
+from sscloud.errors import BundleError, ConfigError
+from sscloud.volume import drawn_labels, pointed, published_manifest
+from tools.function_folder import MODELS, describe
 
 PROJECT_LABEL = "nuclio.io/project-name"
 PROJECT = "cvat"
@@ -71,6 +74,8 @@ class FunctionConfig:
     readiness_timeout: float
     """Seconds that the function may take to start."""
     environment: dict[str, str] = field(default_factory=dict)
+    models: Path | None = None
+    """The model volume that the function follows, on this machine."""
 
     @property
     def project(self) -> str:
@@ -104,6 +109,7 @@ def read_function(folder: Path) -> FunctionConfig:
         trigger = next(iter(triggers), "default-http")
         http: dict[str, Any] = triggers.get(trigger, {})
         attributes: dict[str, Any] = http.get("attributes", {})
+        environment = {entry["name"]: str(entry["value"]) for entry in spec.get("env") or []}
         metadata["annotations"] = {key: str(value) for key, value in annotations.items()}
         metadata["labels"] = {PROJECT_LABEL: PROJECT, **metadata.get("labels", {})}
         return FunctionConfig(
@@ -119,13 +125,35 @@ def read_function(folder: Path) -> FunctionConfig:
             worker_wait=int(http.get("workerAvailabilityTimeoutMilliseconds", 10_000)) / 1000,
             event_timeout=parse_duration(str(spec.get("eventTimeout", "24h"))),
             readiness_timeout=float(spec.get("readinessTimeoutSeconds", 60)),
-            environment={entry["name"]: str(entry["value"]) for entry in spec.get("env") or []},
+            environment=environment,
+            models=_mounted(spec.get("volumes") or [], environment.get(MODELS, "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{path} is no function that CVAT can use: {type(error).__name__}: {error}. Make the folder again with "
             "`sscloud package BUNDLE -o FOLDER --overwrite`."
         ) from error
+
+
+def _mounted(volumes: Sequence[Any], inside: str) -> Path | None:
+    """Where a folder of the function's container is on this machine; None where no volume says so."""
+    paths = (entry["volume"].get("hostPath") for entry in volumes if entry["volumeMount"]["mountPath"] == inside)
+    return next((Path(path["path"]) for path in paths if path), None)
+
+
+def with_models(config: FunctionConfig, models: Path | None) -> FunctionConfig:
+    """Let the function follow a model volume.
+
+    Args:
+        config: of the function.
+        models: the volume; None takes what function.yaml mounts, as there is no container to mount it in.
+    """
+    volume = models if models is not None else config.models
+    if volume is None:
+        return config
+    volume.mkdir(parents=True, exist_ok=True)
+    volume = volume.resolve()
+    return dataclasses.replace(config, models=volume, environment={**config.environment, MODELS: str(volume)})
 
 
 def parse_duration(text: str) -> float:
@@ -390,9 +418,9 @@ def dashboard_app(workers: Workers, config: FunctionConfig, *, function_port: in
     """The part of the Nuclio dashboard's API that CVAT calls."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    def describe() -> dict[str, Any]:
+    def describe_function() -> dict[str, Any]:
         status = {"state": workers.state, "httpPort": function_port}
-        return {"metadata": config.metadata, "spec": config.spec, "status": status}
+        return {**describe_served(config), "status": status}
 
     @app.get("/")
     async def about() -> PlainTextResponse:
@@ -401,13 +429,13 @@ def dashboard_app(workers: Workers, config: FunctionConfig, *, function_port: in
     @app.get("/api/functions")
     async def list_functions(request: Request) -> dict[str, Any]:
         asked = request.headers.get("x-nuclio-project-name", "*")
-        return {config.name: describe()} if asked in ("", "*", config.project) else {}
+        return {config.name: describe_function()} if asked in ("", "*", config.project) else {}
 
     @app.get("/api/functions/{name}")
     async def get_function(name: str) -> JSONResponse:
         if name != config.name:
             return JSONResponse({"error": f"Function not found: {name}. This host runs {config.name}."}, 404)
-        return JSONResponse(describe())
+        return JSONResponse(describe_function())
 
     @app.api_route("/api/function_invocations", methods=_METHODS)
     async def invoke(request: Request) -> Response:
@@ -428,6 +456,29 @@ def dashboard_app(workers: Workers, config: FunctionConfig, *, function_port: in
             return _error(504, f"The function did not answer within {limit:g} s.").response()
 
     return app
+
+
+def describe_served(config: FunctionConfig) -> dict[str, Any]:
+    """The function's `metadata` and `spec`, with the number of the version that its model volume points at.
+
+    A version that cannot be read, or has other labels than the function declares, is not what is served.
+    """
+    told = {"metadata": config.metadata, "spec": config.spec}
+    if config.models is None:
+        return told
+    try:
+        pointer = pointed(config.models)
+        manifest = None if pointer is None else published_manifest(config.models, pointer.bundle)
+    except BundleError:
+        return told
+    annotations = config.metadata["annotations"]
+    if manifest is None or drawn_labels(manifest) != {label["name"] for label in json.loads(annotations["spec"])}:
+        return told
+    served = {**annotations, "name": manifest.title, "version": str(manifest.version)}
+    return {
+        "metadata": {**config.metadata, "annotations": served},
+        "spec": {**config.spec, "description": describe(manifest)},
+    }
 
 
 async def _invoke(workers: Workers, config: FunctionConfig, request: Request, *, path: str) -> Reply:
@@ -549,7 +600,7 @@ def _instructions(config: FunctionConfig, host: str, port: int, function_port: i
     return "\n".join([*lines, "Ctrl-C stops it."])
 
 
-def serve(folder: Path, *, host: str, port: int, function_port: int | None) -> None:
+def serve(folder: Path, *, host: str, port: int, function_port: int | None, models: Path | None = None) -> None:
     """Run a packaged folder until Ctrl-C or SIGTERM.
 
     Args:
@@ -557,11 +608,13 @@ def serve(folder: Path, *, host: str, port: int, function_port: int | None) -> N
         host: address to listen on.
         port: of the dashboard's API; 0 for any free one.
         function_port: of the function; 0 for any free one, None for the one in function.yaml.
+        models: model volume that the function follows; None for the one in function.yaml.
 
     Raises:
         ConfigError: an unusable folder or port, or a function that does not start.
     """
-    asyncio.run(_serve(read_function(folder), host=host, port=port, function_port=function_port))
+    config = with_models(read_function(folder), models)
+    asyncio.run(_serve(config, host=host, port=port, function_port=function_port))
 
 
 def _log(message: str) -> None:

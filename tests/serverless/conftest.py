@@ -123,9 +123,10 @@ def run_host(
     """A context manager: `with run_host(folder, SSCLOUD_MIN_AREA="1") as host`."""
 
     @contextlib.contextmanager
-    def run(folder: Path, **environment: str) -> Iterator[Host]:
+    def run(folder: Path, *arguments: str, **environment: str) -> Iterator[Host]:
         log = tmp_path_factory.mktemp("serve") / "log"
-        with start_serve(folder, log=log, **environment) as process:
+        ports = ("--port", "0", "--function-port", "0")
+        with start_serve(folder, *ports, *arguments, log=log, **environment) as process:
             try:
                 assert process.stdout is not None
                 instructions = ""

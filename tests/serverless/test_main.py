@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nuclio_sdk
@@ -104,7 +104,7 @@ def ask(main: ModuleType, error: Exception, **event: Any) -> tuple[nuclio_sdk.Re
     logger = nuclio_sdk.Logger(logging.INFO, "test_main")
     logger.set_handler("default", log, nuclio_sdk.logger.HumanReadableFormatter())
     context = nuclio_sdk.Context(logger)
-    context.user_data.model = BrokenModel(error)
+    context.user_data.champion = SimpleNamespace(model=BrokenModel(error))
     context.user_data.settings = Settings()
     context.user_data.metrics = Metrics(worker="0", model="broken v1")
     response = main.handler(context, nuclio_sdk.Event(**{"body": body(), **event}))

@@ -57,6 +57,25 @@ def test_counts() -> None:
     assert found["sscloud_notes_total", 'worker="3",note="specks_left_out"'] == 6
 
 
+def test_new_models() -> None:
+    metrics = Metrics(worker="0", model="street v1")
+    metrics.refuse("street-v2-1a2b3c4d5e6f")
+    found = parse(metrics.text())
+    assert found["sscloud_model_info", 'worker="0",model="street v1"'] == 1
+    assert found["sscloud_model_refused", 'worker="0",bundle="street-v2-1a2b3c4d5e6f"'] == 1
+    metrics.settle()
+    assert "sscloud_model_refused" not in metrics.text()
+    metrics.refuse("street-v3-1a2b3c4d5e6f")
+    metrics.take('the "new" v4')
+    found = parse(metrics.text())
+    assert found["sscloud_model_info", r'worker="0",model="the \"new\" v4"'] == 1
+    assert not any(name == "sscloud_model_refused" for name, _ in found)
+    changes = {
+        result: found["sscloud_model_changes_total", f'worker="0",result="{result}"'] for result in ("taken", "refused")
+    }
+    assert changes == {"taken": 1, "refused": 2}
+
+
 def test_before_the_first_request() -> None:
     found = parse(Metrics(worker="0", model="roads v1").text())
     assert found["sscloud_request_seconds_count", 'worker="0"'] == 0

@@ -19,7 +19,8 @@ import yaml
 
 import serverless
 from sscloud.errors import ConfigError
-from tools.nuclio import parse_duration, read_function
+from tools.function_folder import mount_models
+from tools.nuclio import describe_served, parse_duration, read_function, with_models
 
 FUNCTION = """
 import os, time
@@ -504,3 +505,30 @@ def test_durations(text: str, seconds: float) -> None:
 def test_no_durations(text: str) -> None:
     with pytest.raises(ValueError, match="is not a duration"):
         parse_duration(text)
+
+
+class TestModelVolume:
+    def test_a_folder_of_the_command_line(self, tmp_path: Path) -> None:
+        config = with_models(read_function(make_function(tmp_path / "function")), tmp_path / "served")
+        assert config.environment["SSCLOUD_MODELS"] == str(tmp_path / "served")
+        assert (tmp_path / "served").is_dir()
+
+    def test_what_the_yaml_mounts(self, tmp_path: Path) -> None:
+        """There is no container to mount it in: the worker is told where it really is."""
+        folder = make_function(tmp_path / "function")
+        file = folder / "function.yaml"
+        file.write_text(mount_models(file.read_text(encoding="utf-8"), tmp_path / "served"), encoding="utf-8")
+        assert with_models(read_function(folder), None).environment["SSCLOUD_MODELS"] == str(tmp_path / "served")
+        other = with_models(read_function(folder), tmp_path / "other")
+        assert other.environment["SSCLOUD_MODELS"] == str(tmp_path / "other")
+
+    def test_none(self, tmp_path: Path) -> None:
+        config = read_function(make_function(tmp_path / "function"))
+        assert with_models(config, None) is config
+
+    @pytest.mark.parametrize("pointer", ["", "{}"])
+    def test_what_cannot_be_read_is_not_shown(self, tmp_path: Path, pointer: str) -> None:
+        config = with_models(read_function(make_function(tmp_path / "function")), tmp_path / "served")
+        if pointer:
+            (tmp_path / "served" / "champion.json").write_text(pointer, encoding="utf-8")
+        assert describe_served(config) == {"metadata": config.metadata, "spec": config.spec}

@@ -1,5 +1,6 @@
 """The function's settings: what the environment says, and what is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def test_every_setting_is_read() -> None:
         "SSCLOUD_PRECISION": "fp32",
         "SSCLOUD_DECODE": "draft",
         "SSCLOUD_BACKEND": "openvino",
+        "SSCLOUD_MODELS": "/srv/served",
+        "SSCLOUD_POLL": "2.5",
     }
     assert given.keys() == NAMES
     assert Settings.from_environment(given) == Settings(
@@ -54,7 +57,14 @@ def test_every_setting_is_read() -> None:
         precision="fp32",
         decode="draft",
         backend="openvino",
+        models=Path("/srv/served"),
+        poll=2.5,
     )
+
+
+def test_what_is_given_goes_into_the_log() -> None:
+    given = read(SSCLOUD_MODELS="/srv/served", SSCLOUD_POLL="1", SSCLOUD_MIN_AREA="7").given()
+    assert json.dumps(given) == '{"min_area": 7, "models": "/srv/served"}'
 
 
 def test_an_empty_value_is_none() -> None:
@@ -76,7 +86,7 @@ def test_more_pixels_than_can_be_decoded() -> None:
 
 @pytest.mark.parametrize("value", ["-1", "-0.5", "nan", "inf", "1e3", "1,5", ".5", "½", "٣", "1" * 5000])
 def test_no_number(value: str) -> None:
-    for name, least in (("SSCLOUD_TOLERANCE", "from 0"), ("SSCLOUD_BUDGET", "above 0")):
+    for name, least in (("SSCLOUD_TOLERANCE", "from 0"), ("SSCLOUD_BUDGET", "above 0"), ("SSCLOUD_POLL", "above 0")):
         with pytest.raises(ConfigError, match=rf"^{name} is .{{1,50}}\. Set a number {least} such as 1\.5"):
             read(**{name: value})
 

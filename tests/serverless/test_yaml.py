@@ -13,7 +13,7 @@ from sscloud.bundle import ModelBundle
 from tools.function_folder import TEMPLATES
 from tools.nuclio import parse_duration
 
-STRING, INTEGER, STRINGS = "a string", "an integer", "a map of strings"
+STRING, INTEGER, BOOLEAN, STRINGS = "a string", "an integer", "a boolean", "a map of strings"
 DIRECTIVES = [{"kind": STRING, "value": STRING}]
 
 # Nuclio's documentation, reference/function-configuration/function-configuration-reference.md and
@@ -25,6 +25,12 @@ DOCUMENTED = {
         "handler": STRING,
         "runtime": STRING,
         "env": [{"name": STRING, "value": STRING}],
+        "volumes": [
+            {
+                "volume": {"name": STRING, "hostPath": {"path": STRING}},
+                "volumeMount": {"name": STRING, "mountPath": STRING, "readOnly": BOOLEAN},
+            }
+        ],
         "eventTimeout": STRING,
         "readinessTimeoutSeconds": INTEGER,
         "build": {
@@ -56,8 +62,8 @@ def undocumented(value: Any, schema: Any, path: str = "") -> list[str]:
         fine = isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
         return [] if fine else [f"{path} is not {schema}"]
     if isinstance(schema, str):
-        kind = str if schema == STRING else int
-        return [] if isinstance(value, kind) and not isinstance(value, bool) else [f"{path} is not {schema}"]
+        kind = {STRING: str, INTEGER: int, BOOLEAN: bool}[schema]
+        return [] if type(value) is kind else [f"{path} is not {schema}"]
     if isinstance(schema, list):
         if not isinstance(value, list):
             return [f"{path} is not a list"]

@@ -11,19 +11,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from model_versions import Versions
 
-from sscloud.bundle import WEIGHTS, ModelBundle
+from sscloud.architecture import Architecture
+from sscloud.bundle import WEIGHTS, Manifest, ModelBundle
+from sscloud.checkpoint import save_bundle
 from sscloud.errors import BundleError, ConfigError, DeployError
 from sscloud.image import decode_image
 from sscloud.inference import Predictor
-from tools.deploy import DeployConfig, Deployed, check_reply, deploy, read_folder, smoke_request
-from tools.function_folder import package
+from sscloud.labels import LabelSchema
+from sscloud.unet import UNet
+from sscloud.volume import point, pointed, publish, read_pointer
+from tools.deploy import (
+    DeployConfig,
+    Deployed,
+    Nuctl,
+    check_reply,
+    deploy,
+    find_nuctl,
+    read_folder,
+    smoke_request,
+)
+from tools.function_folder import mount_models, package
+from tools.promotion import FunctionUpdate, promote, roll_back
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = datetime.datetime(2026, 11, 23, 10, 20, 30, tzinfo=datetime.UTC)
@@ -490,6 +508,166 @@ class TestReply:
     def test_not_an_object(self) -> None:
         with pytest.raises(DeployError, match="Item 0 of the function's answer is a int"):
             self.check([1])
+
+
+class TestModelVolume:
+    """A function that takes its model from a volume, and what Nuclio shows of it."""
+
+    @pytest.fixture
+    def volume(self, tiny_bundle: ModelBundle, tmp_path: Path) -> Path:
+        volume = tmp_path / "served"
+        point(volume, publish(volume, tiny_bundle))
+        return volume
+
+    @pytest.fixture
+    def versions(
+        self, tiny_bundle: ModelBundle, tmp_path: Path, make_unet: Callable[..., UNet],
+        make_manifest: Callable[..., Manifest],
+    ) -> Versions:  # fmt: skip
+        """Version 3 is the champion, 4 the next one, 5 has other labels."""
+        model = make_unet(seed=4)
+        fourth = save_bundle(tmp_path / "4", model, make_manifest(model.architecture, version=4))
+        labels = [{"name": "Фон", "id": 0, "background": True}, {"name": "Дом", "id": 6}]
+        schema = LabelSchema.from_dict({"labels": labels}, source="test")
+        model = make_unet(Architecture(classes=2, base_width=4))
+        manifest = make_manifest(model.architecture, version=5, labels=schema, label_ids=(0, 6))
+        return Versions([tiny_bundle, fourth, save_bundle(tmp_path / "5", model, manifest)], champion=3)
+
+    def test_the_folder_is_mounted(self, machine: Machine, light: Callable[..., Path], tmp_path: Path) -> None:
+        folder, volume = light(), tmp_path / "моя served"
+        before = (folder / "function.yaml").read_bytes()
+        machine.deploy(folder, port=free_port(), models=volume)
+        spec = machine.state["functions"][NAME]["spec"]
+        assert spec["volumes"] == [
+            {
+                "volume": {"name": "models", "hostPath": {"path": str(volume)}},
+                "volumeMount": {"name": "models", "mountPath": "/opt/sscloud/models", "readOnly": True},
+            }
+        ]
+        assert spec["env"] == [{"name": "SSCLOUD_MODELS", "value": "/opt/sscloud/models"}]
+        assert volume.is_dir(), "Docker would make it root's"
+        assert (folder / "function.yaml").read_bytes() == before, "the folder stays as it was packaged"
+
+    def test_a_folder_of_an_older_version(self, machine: Machine, light: Callable[..., Path], tmp_path: Path) -> None:
+        folder = light()
+        file = folder / "function.yaml"
+        file.write_text(file.read_text(encoding="utf-8").replace("volumes: []", ""), encoding="utf-8")
+        with pytest.raises(ConfigError, match="has no list 'volumes', so the model volume cannot be mounted"):
+            machine.deploy(folder, port=free_port(), models=tmp_path / "served")
+
+    def have(self, machine: Machine, folder: Path, models: Path | None) -> None:
+        """Let Nuclio have a function without deploying it, which takes its time."""
+        text = (folder / "function.yaml").read_text(encoding="utf-8")
+        config = yaml.safe_load(text if models is None else mount_models(text, models))
+        config["spec"]["image"] = f"cvat.{NAME}:v3"
+        machine.update(functions={NAME: {**config, "status": {"state": "ready"}}})
+
+    def nuctl(self, machine: Machine) -> Nuctl:
+        return find_nuctl(platform="local", namespace="nuclio", say=machine.lines.append)
+
+    NEW = MappingProxyType({"name": "street v4", "version": "4"})
+
+    def test_the_number_in_the_list_changes_without_a_restart(self, machine: Machine, packaged: Path) -> None:
+        self.have(machine, packaged, None)
+        before = machine.state["functions"][NAME]
+        assert self.nuctl(machine).relabel(NAME, annotations=self.NEW, description="Street v4")
+        assert machine.state["functions"][NAME] == {
+            **before,
+            "metadata": {**before["metadata"], "annotations": {**before["metadata"]["annotations"], **self.NEW}},
+            "spec": {**before["spec"], "description": "Street v4"},
+        }
+        assert machine.deployments() == []
+
+    @pytest.mark.parametrize("store", ["elsewhere", "changed", "lost"])
+    def test_a_store_of_another_kind(self, machine: Machine, packaged: Path, store: str) -> None:
+        """Nuclio keeps its files elsewhere or otherwise, or does not show the change: nothing breaks."""
+        self.have(machine, packaged, None)
+        machine.update(store=store)
+        before = machine.state["functions"]
+        assert not self.nuctl(machine).relabel(NAME, annotations=self.NEW, description="Street v4")
+        assert machine.state["functions"] == before
+
+    def test_promotion(self, machine: Machine, light: Callable[..., Path], volume: Path, versions: Versions) -> None:
+        folder = light()
+        machine.deploy(folder, port=free_port(), models=volume)
+        function = FunctionUpdate(name=NAME)
+        info = 'sscloud_model_info{worker="0",model="%s"} 1\n'
+        (folder / "metrics.txt").write_text(info % "Улица v4", encoding="utf-8")
+        done = promote(versions, 4, volume=volume, function=function, say=machine.lines.append)
+        assert (done.champion.title, done.notes) == ("Улица v4", ())
+        assert done.seconds is not None
+        assert machine.state["functions"][NAME]["metadata"]["annotations"]["version"] == "4"
+        now = pointed(volume)
+        assert now is not None
+        assert now.bundle == done.folder
+
+        machine.update(store="elsewhere")
+        (folder / "metrics.txt").write_text(info % "Улица v3", encoding="utf-8")
+        back = roll_back(versions, volume=volume, function=function, say=machine.lines.append)
+        assert back.champion.title == "Улица v3"
+        assert (
+            "still shows the function as Улица v4; the attribute 'model' of every shape names Улица v3" in back.notes[0]
+        )
+        assert machine.state["functions"][NAME]["metadata"]["annotations"]["version"] == "4"
+        calls = len(machine.deployments())
+        again = promote(versions, 3, volume=volume, function=replace(function, redeploy=True), say=machine.lines.append)
+        assert again.notes == ()
+        assert len(machine.deployments()) == calls + 1
+        function_now = machine.state["functions"][NAME]
+        assert function_now["metadata"]["annotations"]["version"] == "3"
+        assert function_now["spec"]["image"] == f"cvat.{NAME}:v3-20261123102030", "started again, not built"
+        assert machine.answer() == "Земля"
+
+    def test_other_labels_need_a_new_image(
+        self, machine: Machine, packaged: Path, volume: Path, versions: Versions, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.have(machine, packaged, volume)
+        functions = machine.state["functions"]
+        functions[NAME]["spec"]["env"].append({"name": "SSCLOUD_MIN_AREA", "value": "400"})
+        functions[NAME]["spec"]["triggers"]["myHttpTrigger"]["numWorkers"] = 3
+        machine.update(functions=functions)
+        state, pointer = machine.state, pointed(volume)
+        with pytest.raises(ConfigError, match=r"new: Дом; gone: Здание, .* --redeploy .* Nothing was changed"):
+            promote(versions, 5, volume=volume, function=FunctionUpdate(name=NAME), say=machine.lines.append)
+        assert (machine.state, pointed(volume), versions.number) == (state, pointer, 3)
+
+        built: list[DeployConfig] = []
+
+        def build(config: DeployConfig, **_: Any) -> None:
+            made = yaml.safe_load((config.folder / "function.yaml").read_text(encoding="utf-8"))
+            machine.update(functions={NAME: {**made, "status": {"state": "ready"}}})
+            built.append(config)
+
+        monkeypatch.setattr("tools.promotion.deploy", build)
+        redeploy = FunctionUpdate(name=NAME, redeploy=True)
+        done = promote(versions, 5, volume=volume, function=redeploy, say=machine.lines.append)
+        assert (len(built), versions.number, done.champion.version) == (1, 5, 5)
+        spec = machine.state["functions"][NAME]["spec"]
+        assert spec["env"] == [
+            {"name": "SSCLOUD_MODELS", "value": "/opt/sscloud/models"},
+            {"name": "SSCLOUD_MIN_AREA", "value": "400"},
+        ], "what people set stays"
+        assert spec["triggers"]["myHttpTrigger"]["numWorkers"] == 3
+        promote(versions, 5, volume=volume, function=redeploy, say=machine.lines.append)
+        assert len(built) == 1, "the labels are the function's now"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("absent", f"Nuclio has no function {NAME} in the namespace nuclio"),
+            ("follows none", f"The function {NAME} follows no model volume"),
+            ("follows another", r"follows the model volume .*other, not"),
+        ],
+    )
+    def test_a_function_that_does_not_follow_it(
+        self, machine: Machine, packaged: Path, volume: Path, versions: Versions, change: str, message: str
+    ) -> None:
+        if change != "absent":
+            self.have(machine, packaged, volume.with_name("other") if change == "follows another" else None)
+        before = read_pointer(volume)
+        with pytest.raises(ConfigError, match=message):
+            promote(versions, 4, volume=volume, function=FunctionUpdate(name=NAME), say=machine.lines.append)
+        assert (read_pointer(volume), versions.number) == (before, 3)
 
 
 def test_the_test_panorama_is_one(tiny_bundle: ModelBundle) -> None:

@@ -35,6 +35,7 @@ from tools.function_folder import (
     describe,
     fill_template,
     find_name,
+    mount_models,
     package,
     replace_scalars,
 )
@@ -98,6 +99,7 @@ class TestPackage:
         assert found - core == {
             "function.yaml",
             "function-gpu.yaml",
+            "champion.py",
             "main.py",
             "metrics.py",
             "model_handler.py",
@@ -113,7 +115,8 @@ class TestPackage:
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); import main, model_handler, sscloud;"
             "ours = [m for m in sys.modules.values() if (m.__name__ or '').split('.')[0] in "
-            "('main', 'metrics', 'model_handler', 'settings', 'sscloud', 'serverless', 'tools', 'training')];"
+            "('champion', 'main', 'metrics', 'model_handler', 'settings', 'sscloud', 'serverless', 'tools', "
+            "'training')];"
             "print(len(ours), all(m.__file__.startswith(sys.argv[1]) for m in ours),"
             "[m for m in ('lightning', 'fastapi', 'torchmetrics', 'cvat_sdk', 'pycocotools') if m in sys.modules])"
         )
@@ -341,6 +344,37 @@ class TestTemplates:
     def test_a_scalar_that_is_not_there(self, path: tuple[str, ...]) -> None:
         with pytest.raises(KeyError, match=r"\.".join(path)):
             replace_scalars(self.TEXT, {path: "2"})
+
+    @pytest.mark.parametrize("name", ["function.yaml", "function-gpu.yaml", "function-openvino.yaml"])
+    def test_a_model_volume(self, name: str, tmp_path: Path) -> None:
+        """Settings that are there stay, comments too, and once more changes nothing."""
+        text = (Path(verb.__file__).parents[2] / "serverless" / name).read_text(encoding="utf-8")
+        before = yaml.safe_load(text)["spec"]
+        mounted = mount_models(text, tmp_path / "served: №1")
+        after = yaml.safe_load(mounted)["spec"]
+        assert after.pop("env") == [*before.pop("env"), {"name": "SSCLOUD_MODELS", "value": "/opt/sscloud/models"}]
+        ((volume),) = after.pop("volumes")
+        assert volume["volume"]["hostPath"]["path"] == str(tmp_path / "served: №1")
+        assert volume["volumeMount"] == {"name": "models", "mountPath": "/opt/sscloud/models", "readOnly": True}
+        assert before.pop("volumes") == []
+        assert after == before
+        assert mounted.count("#") == text.count("#")
+        assert mount_models(mounted, tmp_path / "served: №1") == mounted
+
+    def test_a_model_volume_among_others(self) -> None:
+        other = {"volume": {"name": "a", "hostPath": {"path": "/a"}}, "volumeMount": {"name": "a", "mountPath": "/a"}}
+        text = yaml.safe_dump({"spec": {"env": [{"name": "A", "value": "1"}], "volumes": [other]}})
+        spec = yaml.safe_load(mount_models(text, Path("/srv/served")))["spec"]
+        assert [entry["name"] for entry in spec["env"]] == ["A", "SSCLOUD_MODELS"]
+        assert spec["volumes"][0] == other
+        assert len(spec["volumes"]) == 2
+
+    @pytest.mark.parametrize(
+        "text", ["spec:\n  env: []\n  volumes:\n", "spec: {env: []}", "spec: {env: [], volumes: []}"]
+    )
+    def test_a_yaml_without_volumes(self, text: str) -> None:
+        with pytest.raises(KeyError, match=r"volumes|spec\.env"):
+            mount_models(text, Path("served"))
 
     def test_hostile_names_stay_text(self, bundle: ModelBundle) -> None:
         name = 'a": b # c\n\u0085\u2028\x7f{{ .Name }}'

@@ -17,6 +17,7 @@ EXAMPLES = """\
   sscloud deploy runs/street/bundle --gpu          packages the bundle and deploys it
   sscloud deploy function                          a folder of `sscloud package`, on the CPU
   sscloud deploy function --gpu --port 32005
+  sscloud deploy runs/street/bundle --models served   serves what `sscloud models promote` puts there
   sscloud deploy function --gpu --platform kube --namespace cvat --registry registry.example.org/cvat"""
 
 
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--network", default="cvat_cvat", help="CVAT's Docker network (default: cvat_cvat)")
     parser.add_argument("--namespace", default="nuclio", help="Nuclio's namespace (default: nuclio)")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="model volume that the function follows; made when it is missing. On Kubernetes the folder has to be the "
+        "same on every node (default: what the yaml says, else none)",
+    )
     parser.add_argument("--registry", metavar="URL", help="registry to push the image to (Kubernetes needs one)")
 
 
@@ -60,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
                 namespace=args.namespace,
                 network=args.network,
                 registry=args.registry,
+                models=args.models,
             ),
             say=_say,
         )

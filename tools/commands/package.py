@@ -21,6 +21,7 @@ EXAMPLES = """\
   sscloud package runs/street/bundle -o function --backend openvino
   sscloud package runs/street/bundle -o function --backend openvino --calibrate data/imgs/1.jpg data/imgs/2.jpg
 
+  sscloud package runs/street/bundle -o function --models served
   sscloud package runs/street/bundle -o function --name sscloud-street --overwrite
   sscloud serve function"""
 
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="images, or folders of them, to fit OpenVINO's int8 to (default: no int8)",
     )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="model volume, on the machine where the function will run, that the function follows: it serves what "
+        "`sscloud models promote` puts there, without being built again (default: the bundle, for good)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER when it exists")
 
 
@@ -62,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
         backend=args.backend,
         calibrate=list_images(args.calibrate),
+        models=args.models,
         overwrite=args.overwrite,
         tell=print,
     )

@@ -14,6 +14,7 @@ EXAMPLES = """\
   sscloud serve function                          # this machine only
   sscloud serve function --host 0.0.0.0           # for a CVAT in Docker or on another machine
   sscloud serve function --port 8071 --function-port 32001
+  sscloud serve function --models served          # what `sscloud models promote` puts there
 
   printf '{"image": "%s"}' "$(base64 -w0 panorama.jpg)" |
     curl -H 'Content-Type: application/json' --data-binary @- http://127.0.0.1:32001/"""
@@ -22,6 +23,13 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="function folder made by `sscloud package`")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="model volume to follow; made when it is missing (default: that of function.yaml, else none: the packaged "
+        "bundle)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
         "--port", type=_port, default=8070, help="port of the dashboard's API, 0 for any free one (default: 8070)"
@@ -38,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from tools.nuclio import serve
 
-    serve(args.folder, host=args.host, port=args.port, function_port=args.function_port)
+    serve(args.folder, host=args.host, port=args.port, function_port=args.function_port, models=args.models)
     return 0
 
 
