@@ -5,6 +5,7 @@ opinion of it. A network whose convolutions wrap gives nearly the same opinion a
 where its pooling falls on the same columns; the turns therefore differ in what remains of them by the stride.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,11 +68,14 @@ class TurnedForward:
         """(h, w, 3) uint8 RGB → (C, h, w) float32; see `sscloud.inference.Forward`."""
         if not wrap:
             return self._forward.logits(image, wrap=False)
-        columns = rolls(self._turns, image.shape[1])
-        total = sum(self._probability(image, roll, mirrored=turn % 2 == 1) for turn, roll in enumerate(columns))
-        mean = np.maximum(total / np.float32(self._turns), np.finfo(np.float32).tiny)
+        mean = np.maximum(sum(self.opinions(image)) / np.float32(self._turns), np.finfo(np.float32).tiny)
         logits: NDArray[np.float32] = np.log(mean) * self._temperature
         return logits
+
+    def opinions(self, image: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+        """(h, w, 3) uint8 RGB of a whole panorama → for each turn (C, h, w) float32 probabilities, as it was given."""
+        for turn, columns in enumerate(rolls(self._turns, image.shape[1])):
+            yield self._probability(image, columns, mirrored=turn % 2 == 1)
 
     def _probability(self, image: NDArray[np.uint8], columns: int, *, mirrored: bool) -> NDArray[np.float32]:
         """(C, h, w) float32 of the panorama as it is, from one that is turned."""

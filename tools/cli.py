@@ -13,9 +13,10 @@ from sscloud import __version__
 
 GROUPS = {
     "Data": ("sample", "fetch", "convert"),
-    "Models": ("train", "evaluate", "compare", "report", "export", "import-checkpoint"),
+    "Models": ("train", "evaluate", "compare", "gate", "report", "export", "import-checkpoint", "models"),
     "Pictures and masks": ("predict", "visualize"),
-    "CVAT and Nuclio": ("package", "deploy", "serve", "labels", "prelabel", "doctor"),
+    "CVAT and Nuclio": ("package", "deploy", "serve", "labels", "prelabel", "effort", "doctor"),
+    "The loop": ("cycle", "select", "watch"),
     "All at once": ("demo",),
 }
 

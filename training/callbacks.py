@@ -5,6 +5,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,48 @@ class EpochLines(Callback):
                     file=sys.stderr,
                     flush=True,
                 )
+
+
+class TimeBudget(Callback):
+    """Ends training with a whole epoch, when another one like it would take longer than what is left of a budget.
+
+    The epochs before an interruption count, too: their durations are part of the checkpoint. Place it after
+    `Throughput`, which measures them.
+
+    Args:
+        hours: of all epochs together.
+    """
+
+    def __init__(self, hours: float) -> None:
+        self._hours = hours
+        self._seconds: list[float] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the epoch that ends; all processes of a distributed run decide alike."""
+        self._seconds.append(float(trainer.callback_metrics["seconds"]))
+        over = trainer.strategy.reduce_boolean_decision(is_used_up(self._seconds, self._hours), all=False)
+        if over and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                with tqdm.external_write_mode(file=sys.stderr):
+                    print(
+                        f"Training ends here: another epoch would go beyond the budget of {self._hours:g} h.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Durations so far."""
+        return {"seconds": list(self._seconds)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the checkpoint's last epoch."""
+        self._seconds = list(state_dict["seconds"])
+
+
+def is_used_up(seconds: Sequence[float], hours: float) -> bool:
+    """Whether epochs of these durations leave no room for another one like the last."""
+    return len(seconds) > 0 and sum(seconds) + seconds[-1] > 3600 * hours
 
 
 class MovableCheckpoint(ModelCheckpoint):

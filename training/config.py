@@ -76,6 +76,8 @@ class TrainConfig:
     """Decay of the moving average of the weights, per step; 0: none."""
     patience: int | None = None
     """Epochs without a better mIoU after which training ends; None: never."""
+    max_hours: float | None = None
+    """Of training, after which it ends with a whole epoch; None: no limit. Makes the result depend on the machine."""
     load: str | None = None
     """A bundle or a .pth checkpoint to start from."""
     replay: float = 1.0
@@ -105,6 +107,7 @@ class TrainConfig:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
             ("ema", 0 <= self.ema < 1, "0 to below 1"),
             ("patience", self.patience is None or self.patience >= 1, "at least 1"),
+            ("max_hours", self.max_hours is None or self.max_hours > 0, "above 0"),
             ("replay", 0 <= self.replay <= 1, "a share from 0 to 1"),
         ):
             if not ok:

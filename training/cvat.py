@@ -10,9 +10,13 @@ import contextlib
 import io
 import json
 import logging
+import math
 import random
 import re
+import socket
 import threading
+import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,6 +112,8 @@ class Job:
     stop: int
     """First and last frame."""
     updated: str
+    assignee: str | None = None
+    """Name of the user who works on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +158,16 @@ class Annotations:
     """Frames that tags are on."""
     track_start: int | None
     """The frame where the first track begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remark:
+    """A comment of an issue that is pinned to a frame."""
+
+    job: int
+    frame: int
+    """Number in the task."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +251,8 @@ class Server:
         self._client = client
         self._api = client.api_client
         self._stopped = threading.Event()
+        self._lines = _Lines(self._stopped)
+        self._lines.watch(self._api.rest_client.pool_manager)
         self.version = version
         self.url = client.api_map.host
 
@@ -302,8 +320,9 @@ class Server:
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """Within the block, reads that other threads wait for, or try again, fail soon."""
+        """Within the block, requests of other threads fail at once, whatever they wait for."""
         self._stopped.set()
+        self._lines.cut()
         try:
             yield
         finally:
@@ -371,6 +390,12 @@ class Server:
         with _naming(f"the jobs of task {task_id}"):
             found = [_job(row) for row in self._pages(self._api.jobs_api.list_endpoint, task_id=task_id)]
         return sorted((job for job in found if job.task_id == task_id), key=lambda job: job.id)
+
+    def project_jobs(self, project_id: int) -> list[Job]:
+        """The jobs of all tasks of a project, of every type, by number."""
+        with _naming(f"the jobs of project {project_id}"):
+            found = [_job(row) for row in self._pages(self._api.jobs_api.list_endpoint, project_id=project_id)]
+        return sorted((job for job in found if job.project_id == project_id), key=lambda job: job.id)
 
     def frames(self, task_id: int) -> tuple[Frame, ...]:
         """All images of a task, deleted ones included, by number.
@@ -486,6 +511,148 @@ class Server:
         with _naming(f"the labels of project {project_id}"):
             self._send_json("PATCH", f"/api/projects/{project_id}", {}, {"labels": [dict(label) for label in labels]})
 
+    # Handing out work
+
+    def find_user(self, name: str) -> int:
+        """The number of a user by the name that the user logs in with.
+
+        Raises:
+            ServerError: there is none that this user can see.
+        """
+        with _naming(f"user {name!r:.80}"):
+            for row in self._pages(self._api.users_api.list_endpoint, username=name):
+                if _text(row, "username") == name:
+                    return _int(row, "id")
+            raise ServerError("there is none that this user can see. Check the name; is it in this organisation?")
+
+    def assign(self, job_id: int, user_id: int) -> None:
+        """Give a job to a user."""
+        with _naming(f"the assignee of job {job_id}"):
+            self._send_json("PATCH", f"/api/jobs/{job_id}", {}, {"assignee": user_id})
+
+    def remarks(self, task_id: int) -> list[Remark]:
+        """The comments of all issues of a task's frames, resolved ones too, by number."""
+        with _naming(f"the issues of task {task_id}"):
+            issues = {_int(row, "id"): row for row in self._pages(self._api.issues_api.list_endpoint, task_id=task_id)}
+            found = []
+            for job in sorted({_int(row, "job") for row in issues.values()}):
+                for row in self._pages(self._api.comments_api.list_endpoint, job_id=job):
+                    issue = issues.get(_int(row, "issue"))
+                    if issue is not None:
+                        remark = Remark(job=job, frame=_int(issue, "frame"), text=str(row.get("message") or ""))
+                        found.append((_int(row, "id"), remark))
+            return [remark for _, remark in sorted(found, key=lambda entry: entry[0])]
+
+    def create_issue(self, job_id: int, *, frame: int, position: Sequence[float], text: str) -> None:
+        """Pin an issue to a frame. Nothing that is drawn there changes.
+
+        Args:
+            job_id: a job with the frame.
+            frame: number in the task.
+            position: outline of what it is about, x, y, x, y, …, pixels.
+            text: its first comment.
+
+        Raises:
+            ServerError: refused; or no answer came, and it may or may not be there.
+        """
+        body = {"job": job_id, "frame": frame, "position": [float(value) for value in position], "message": text}
+        with _naming(f"an issue in job {job_id}"):
+            self._send_json("POST", "/api/issues", {}, body)
+
+    def create_task(self, name: str, *, project_id: int, segment_size: int) -> Task:
+        """A new task without data in a project.
+
+        Args:
+            name: its name.
+            project_id: the project, whose labels it has.
+            segment_size: frames a job.
+
+        Raises:
+            ServerError: refused; or no answer came, and it may or may not be there.
+        """
+        body = {"name": name, "project_id": project_id, "segment_size": segment_size}
+        with _naming(f"a new task in project {project_id}"):
+            return _task(_object(self._send_json("POST", "/api/tasks", {}, body), "task"))
+
+    def delete_task(self, task_id: int) -> None:
+        """Delete a task with all that is in it."""
+        with _naming(f"task {task_id}"):
+            self._send_json("DELETE", f"/api/tasks/{task_id}", {}, None)
+
+    def upload(self, task_id: int, files: Sequence[Path]) -> None:
+        """Send a new task its images, and wait until the server has made frames of them, by name.
+
+        Args:
+            task_id: a task without data.
+            files: images, or one zip archive with images in folders.
+
+        Raises:
+            ServerError: refused, broken off, or the server cannot use them.
+        """
+        # CVAT's cache makes chunks when they are asked for, from the very files.
+        parameters = {"image_quality": 70, "use_cache": True, "use_zip_chunks": True}
+        with _naming(f"the images of task {task_id}"):
+            try:
+                self._client.tasks.retrieve(task_id).upload_data(
+                    resources=[str(file) for file in files], params=parameters, wait_for_completion=False
+                )
+            except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
+                raise UnreachableError(f"no answer ({_reason(error)})") from None
+            except ApiException as error:
+                raise ServerError(_reason(error), status=error.status or None) from None
+            except (CvatSdkException, OpenApiException, AssertionError, TypeError, ValueError, KeyError) as error:
+                raise ServerError(f"the upload is answered as CVAT would not ({_reason(error)})") from None
+        self.wait_for_data(task_id)
+
+    def wait_for_data(self, task_id: int) -> None:
+        """Wait until the server has made frames of what was sent to a task; at once when it remembers nothing.
+
+        Raises:
+            ServerError: it could not use what was sent.
+        """
+        with _naming(f"the images of task {task_id}"):
+            which = {"action": "create", "target": "task", "task_id": task_id}
+            for row in list(self._pages(self._api.requests_api.list_endpoint, **which)):
+                self._wait(_text(row, "id"))
+
+    # Webhooks
+
+    def webhooks(self, project_id: int) -> dict[int, str]:
+        """The webhooks of a project: number → address that they send to."""
+        with _naming(f"the webhooks of project {project_id}"):
+            rows = self._pages(self._api.webhooks_api.list_endpoint, project_id=project_id)
+            return {_int(row, "id"): _text(row, "target_url") for row in rows}
+
+    def create_webhook(self, project_id: int, *, url: str, secret: str, events: Sequence[str]) -> int:
+        """A new webhook of a project → its number.
+
+        Args:
+            project_id: the project.
+            url: where it sends to.
+            secret: that it signs with.
+            events: what it tells of.
+
+        Raises:
+            ServerError: refused; or no answer came, and it may or may not be there.
+        """
+        body = {"target_url": url, "description": "SSCloud", "type": "project", "project_id": project_id}
+        settings = {"content_type": "application/json", "secret": secret, "is_active": True, "enable_ssl": True}
+        with _naming(f"a webhook of project {project_id}"):
+            answer = self._send_json("POST", "/api/webhooks", {}, {**body, **settings, "events": list(events)})
+            return _int(_object(answer, "webhook"), "id")
+
+    def update_webhook(self, webhook_id: int, *, secret: str) -> None:
+        """Give a webhook a secret, and switch it on."""
+        with _naming(f"webhook {webhook_id}"):
+            self._send_json("PATCH", f"/api/webhooks/{webhook_id}", {}, {"secret": secret, "is_active": True})
+
+    def ping_webhook(self, webhook_id: int) -> int | None:
+        """Have the server send a webhook's test message → the status that it got; None where it got none."""
+        with _naming(f"webhook {webhook_id}"):
+            answer = _object(self._send_json("POST", f"/api/webhooks/{webhook_id}/ping", {}, {}), "delivery")
+            status = answer.get("status_code")
+            return status if isinstance(status, int) else None
+
     # Serverless functions
 
     def functions(self) -> list[Function]:
@@ -571,16 +738,43 @@ class Server:
             with path.open("wb") as sink:
                 self._read(partial(self._open, address), sink=sink, max_bytes=MAX_ARCHIVE_BYTES, on_bytes=on_bytes)
 
-    def _wait_for_request(self, request_id: str) -> str:
+    def event_log(self, task_id: int, *, patience: float = 30.0) -> bytes:
+        """What CVAT's analytics has recorded of a task, as CSV; see `training.working_time`.
+
+        Args:
+            task_id: the task.
+            patience: seconds until an export that does not end is given up.
+
+        Raises:
+            ServerError: the server has no analytics, this user may not see it, or it takes too long.
+        """
+        with _naming(f"the event log of task {task_id}"):
+            # Without a beginning, newer servers give the last 30 days only.
+            query = {"task_id": str(task_id), "from": "2000-01-01T00:00:00Z"}
+            started = _object(self._send_json("POST", "/api/events/export", query, {}), "request")
+            url = self._wait_for_request(_text(started, "rq_id"), patience=patience)
+            place = urlsplit(url)
+            address = self.url + place.path + (f"?{place.query}" if place.query else "")
+            sink = io.BytesIO()
+            self._read(partial(self._open, address), sink=sink, attempts=2, max_bytes=MAX_JSON_BYTES, on_bytes=None)
+            return sink.getvalue()
+
+    def _wait_for_request(self, request_id: str, *, patience: float = math.inf) -> str:
         """Where the result of a background request lies, when it has finished."""
-        pause = FIRST_PAUSE / 4
+        return _text(self._wait(request_id, patience=patience), "result_url")
+
+    def _wait(self, request_id: str, *, patience: float = math.inf) -> dict[str, Any]:
+        """What the server says of a background request that has finished."""
+        pause, end = FIRST_PAUSE / 4, time.monotonic() + patience
         while True:
             request = _object(self._get(self._api.requests_api.retrieve_endpoint, id=request_id), "request")
             status = _text(request, "status")
             if status == "finished":
-                return _text(request, "result_url")
+                return request
             if status == "failed":
                 raise ServerError(f"it failed: {_name(request, 'message') or 'CVAT does not say why'}")
+            if time.monotonic() > end:
+                raise ServerError(f"it has not ended after {patience:.0f} s.")
             self._stopped.wait(pause)
             pause = min(pause * 1.5, 5.0)
 
@@ -666,7 +860,7 @@ class Server:
                 return
         raise ServerError(f"a list has more than {MAX_PAGES} pages.")
 
-    def _send_json(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any]) -> bytes:
+    def _send_json(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None) -> bytes:
         headers = self._api.get_common_headers()
         self._api.update_params_for_auth(headers=headers, queries=[], method=method)
         try:
@@ -675,7 +869,7 @@ class Server:
                 self.url + path,
                 query_params=list(query.items()),
                 headers=headers,
-                body=dict(body),
+                body=None if body is None else dict(body),
                 _request_timeout=TIMEOUT,
                 _check_status=False,
             )
@@ -685,6 +879,60 @@ class Server:
             raise _refused(response.status, response.data)
         data: bytes = response.data
         return data
+
+
+class _Lines:
+    """The connections to a server, to be cut while other threads wait on them: a read has no other end than its answer.
+
+    Args:
+        stopped: set when connections are to be cut, new ones too.
+    """
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+        self._open: weakref.WeakSet[urllib3.connection.HTTPConnection] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def watch(self, manager: urllib3.PoolManager) -> None:
+        """Take note of every connection that a pool manager makes from now on."""
+
+        def connection_class(base: type[Any]) -> type[Any]:
+            lines = self
+
+            class Noted(base):  # type: ignore[misc]
+                def connect(self) -> None:
+                    super().connect()
+                    lines._note(self)
+
+            return Noted
+
+        def pool_class(base: type[Any]) -> type[Any]:
+            return type(base.__name__, (base,), {"ConnectionCls": connection_class(base.ConnectionCls)})
+
+        manager.pool_classes_by_scheme = {
+            scheme: pool_class(base) for scheme, base in manager.pool_classes_by_scheme.items()
+        }
+
+    def _note(self, connection: "urllib3.connection.HTTPConnection") -> None:
+        with self._lock:
+            self._open.add(connection)
+        if self._stopped.is_set():
+            _hang_up(connection)
+
+    def cut(self) -> None:
+        """Hang up. Idle connections are lost as well; the next request makes a new one."""
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            _hang_up(connection)
+
+
+def _hang_up(connection: "urllib3.connection.HTTPConnection") -> None:
+    line = connection.sock
+    if isinstance(line, socket.socket):
+        with contextlib.suppress(OSError):
+            # Not the method of a TLS socket: it would take away the cipher from the thread that is reading.
+            socket.socket.shutdown(line, socket.SHUT_RDWR)
 
 
 def _check_address(url: str) -> None:
@@ -849,7 +1097,12 @@ def _job(row: Mapping[str, Any]) -> Job:
         start=_int(row, "start_frame"),
         stop=_int(row, "stop_frame"),
         updated=_text(row, "updated_date"),
+        assignee=_username(row.get("assignee")),
     )
+
+
+def _username(user: Any) -> str | None:
+    return _name(user, "username") if isinstance(user, dict) else None
 
 
 def _label(row: Mapping[str, Any]) -> ProjectLabel:

@@ -11,7 +11,7 @@ from sscloud.errors import BundleError
 from sscloud.networks import load_network
 from training.config import read_run
 
-METRICS, BEST, BUNDLE = "metrics.csv", "checkpoints/best.ckpt", "bundle"
+METRICS, BEST, LAST, BUNDLE = "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "bundle"
 
 _PREFIX = "model."
 """Where the LightningModule keeps the network."""

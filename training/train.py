@@ -58,6 +58,8 @@ from training.callbacks import (
     MovableCheckpoint,
     ProgressBar,
     Throughput,
+    TimeBudget,
+    is_used_up,
 )
 from training.config import CONFIG, RARE_CROPS, Place, RunFacts, TrainConfig, read_run, write_config
 from training.crops import Crops, clipped
@@ -74,14 +76,13 @@ from training.dataset import (
     open_dataset,
     snapshot_of,
 )
-from training.export import BEST, BUNDLE, METRICS, export_bundle
+from training.export import BEST, BUNDLE, LAST, METRICS, export_bundle
 from training.losses import Loss, class_weights, make_loss
 from training.module import SegmentationModule
+from training.registry import EXPERIMENT, RECORD, artifact_location
 from training.run_report import REPORT, write_run_report
 from training.sync_batch_norm import synchronise
 from training.transfer import transfer
-
-LAST = "checkpoints/last.ckpt"
 
 _FEW = 5
 """Panoramas for validation."""
@@ -245,12 +246,15 @@ def _without_effect(config: TrainConfig, data: "_Data", place: Place) -> list[st
 
 
 def _has_stopped_early(config: TrainConfig, run: Path) -> bool:
-    """Whether the run's last epochs brought nothing better for so long that it ended; no epoch is added then."""
-    if config.patience is None or not (run / METRICS).exists():
+    """Whether the run ended before its last epoch, because nothing got better or time was up: none is added."""
+    if not (run / METRICS).exists():
         return False
     with (run / METRICS).open(newline="") as stream:
-        miou = [float(row["miou"]) for row in csv.DictReader(stream) if row.get("miou")]
-    return len(miou) > 0 and len(miou) - 1 - miou.index(max(miou)) >= config.patience
+        rows = list(csv.DictReader(stream))
+    if config.max_hours is not None and is_used_up([float(row["seconds"]) for row in rows], config.max_hours):
+        return True
+    miou = [float(row["miou"]) for row in rows if row.get("miou")]
+    return config.patience is not None and len(miou) > 0 and len(miou) - 1 - miou.index(max(miou)) >= config.patience
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -624,6 +628,8 @@ def _trainer(config: TrainConfig, place: Place, label_ids: tuple[int, ...], *, v
         callbacks.append(
             EarlyStopping("miou", mode="max", patience=config.patience, check_on_train_epoch_end=True, verbose=False)
         )
+    if config.max_hours is not None:
+        callbacks.append(TimeBudget(config.max_hours))
     if place.checkpoints is not None:
         callbacks.append(MilesialCheckpoints(place.checkpoints, label_ids))
     device = find_device(place.device)
@@ -673,11 +679,12 @@ def _tracked(remembered: Path, uri: str) -> str | None:
 
 def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
     uri = place.tracking_uri or f"sqlite:///{place.run.resolve().parent / 'mlflow.db'}"
-    remembered = place.run / "mlflow_run_id"
+    remembered, artifacts = place.run / RECORD, artifact_location(uri)
     mlflow = MLFlowLogger(
-        "sscloud",
+        EXPERIMENT,
         run_name=place.run.name,
         tracking_uri=uri,
+        artifact_location=artifacts.as_uri() if artifacts is not None else None,
         run_id=_tracked(remembered, uri) if place.resume and remembered.exists() else None,
     )
     atomic_write(remembered, f"{mlflow.run_id}\n".encode())

@@ -1,0 +1,125 @@
+"""What the next cycle would do; asks the server and the registry, and writes nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.cvat import Server
+from training.cycle import Workspace, has_learned, new_items, open_registry, origin_of, selection_of
+from training.cycle_config import CycleConfig
+from training.journal import read_journals
+from training.manifest import Manifest, read_manifest
+from training.page import plural
+from training.pool import server_pool
+from training.prelabel_store import PrelabelStore
+from training.registry import registered_names
+from training.survey import Survey, survey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CyclePlan:
+    """What `sscloud cycle` would do now."""
+
+    unfinished: int | None
+    """Number of the cycle that it would go on with."""
+    step: str
+    """Where it would begin."""
+    finished: int
+    """Frames that count on the server."""
+    changed: int
+    """Of them, those that would be looked at: their jobs have changed since they were fetched."""
+    new: int
+    """Panoramas of the dataset, new or corrected since the last training."""
+    least: int
+    champion: str | None
+    origin: str
+    """What training would start from, and why."""
+    epochs: int
+    max_hours: float | None
+    pool: int
+    """Frames that nobody has worked on."""
+    count: int
+    """Of them, how many would be handed out."""
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there would be enough to train, as far as that can be told without downloading."""
+        return self.unfinished is not None or self.new + self.changed >= self.least
+
+    def lines(self) -> list[str]:
+        """In words."""
+        budget = f", at most {self.max_hours:g} h" if self.max_hours is not None else ""
+        if self.unfinished is not None:
+            begin = f"cycle {self.unfinished} is unfinished and would go on at {self.step}"
+        elif self.is_enough:
+            begin = "a new cycle would run"
+        else:
+            begin = f"nothing to do: {self.least - self.new - self.changed} more are needed"
+        told = [
+            f"on the server  {plural(self.finished, 'frame')} of completed jobs, {self.changed} of them in jobs that "
+            "changed since the last fetch",
+            f"dataset        {plural(self.new, 'panorama')} new or corrected since the last training; "
+            f"{self.least} are needed ('min_new')",
+            f"champion       {self.champion or 'none'}",
+            f"so             {begin}",
+        ]
+        if self.is_enough:
+            told += [
+                f"training       {self.origin}; {plural(self.epochs, 'epoch')}{budget}",
+                f"then           gate, and if it passes deploy; {self.count} of {plural(self.pool, 'free frame')} to "
+                "people, pre-labelled",
+            ]
+        return told
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"enough": self.is_enough, **{name: getattr(self, name) for name in self.__slots__}}
+
+
+def plan_cycle(
+    server: Server, workspace: Path, config: CycleConfig, *, tracking_uri: str | None = None, quiet: bool = False
+) -> CyclePlan:
+    """Find out what `run_cycle` would do with the same arguments.
+
+    Raises:
+        ServerError: no answer, or no such project.
+        ConfigError: a journal that cannot be read.
+        RegistryError: the store does not answer.
+    """
+    place = Workspace(workspace.resolve())
+    journals = read_journals(place.cycles)
+    last = journals[-1] if journals and journals[-1].is_open else None
+    manifest = read_manifest(place.dataset)
+    found = survey(server, selection_of(config), quiet=quiet)
+    registry = open_registry(place, config, tracking_uri)
+    champion = registry.champion() if config.name in registered_names(registry.uri) else None
+    origin, why = origin_of(config, None if champion is None else registry.bundle(champion.version))
+    values = {**config.train, **(config.finetune if origin is not None else {})}
+    pool = server_pool(server, PrelabelStore(place.prelabels, server=server.url), project=config.project)
+    step = None if last is None or not has_learned(place.run(last.number)) else last.next_step
+    return CyclePlan(
+        unfinished=None if last is None else last.number,
+        step="fetch" if step is None else step.name,
+        finished=len(found.wanted),
+        changed=changed_frames(manifest, found),
+        new=0 if manifest is None else len(new_items(manifest, place.cycles)),
+        least=config.min_new,
+        champion=None if champion is None else champion.title,
+        origin=f"from {origin.manifest.title}" if origin is not None else f"from scratch, because {why}",
+        epochs=config.training(values, dataset="", load=None).epochs,
+        max_hours=config.max_hours,
+        pool=len(pool),
+        count=min(config.select.count, len(pool)),
+    )
+
+
+def changed_frames(manifest: Manifest | None, found: Survey) -> int:
+    """Frames of jobs that have changed since the dataset's last fetch, or were never fetched.
+
+    Args:
+        manifest: of the dataset; None where there is none.
+        found: what the server holds.
+    """
+    known = {} if manifest is None else manifest.jobs
+    fetched = {key: facts.get("updated") for key, facts in known.items()}
+    return sum(fetched.get(f"{found.server}#{wanted.job.id}") != wanted.job.updated for wanted in found.wanted)
