@@ -469,6 +469,56 @@ def test_people_work_behind_the_back(client: Client, task: Task, project: int, c
         cvat_server.edit_shape(99, z_order=1)
 
 
+def test_jobs_are_given_to_users(client: Client, task: Task, cvat_server: CvatStandin) -> None:
+    cvat_server.store.users[2] = "anna"
+    users = get_paginated_collection(client.api_client.users_api.list_endpoint, username="anna")
+    assert [(user.id, user.username) for user in users] == [(2, "anna")]
+    assert len(get_paginated_collection(client.api_client.users_api.list_endpoint)) == 2
+    job = client.jobs.retrieve(jobs_of(client, task.id)[0])
+    before = job.updated_date
+
+    job.update(models.PatchedJobWriteRequest(assignee=2))
+
+    job.fetch()
+    assert job.assignee.username == "anna"
+    assert job.updated_date > before
+    job.update(models.PatchedJobWriteRequest(state=models.OperationStatus("completed")))
+    assert job.fetch().assignee.id == 2
+    with pytest.raises(ApiException, match="object does not exist"):
+        job.update(models.PatchedJobWriteRequest(assignee=9))
+
+
+def test_issues_are_pinned_to_frames(client: Client, task: Task, cvat_server: CvatStandin) -> None:
+    job = jobs_of(client, task.id)[0]
+    spec = models.IssueWriteRequest(frame=0, position=[1.0, 2.0, 3.0, 4.0], job=job, message="Почему?")
+
+    issue, _ = client.api_client.issues_api.create(spec)
+
+    found = client.jobs.retrieve(job).get_issues()
+    assert [(entry.id, entry.frame, entry.job, entry.position, entry.resolved) for entry in found] == [
+        (issue.id, 0, job, [1.0, 2.0, 3.0, 4.0], False)
+    ]
+    assert client.jobs.retrieve(job).issues.count == 1
+    for which in ({"job_id": job}, {"issue_id": issue.id}, {"job_id": job, "frame_id": 0}):
+        comments = get_paginated_collection(client.api_client.comments_api.list_endpoint, **which)
+        assert [(comment.issue, comment.message) for comment in comments] == [(issue.id, "Почему?")]
+    for other in ({"task_id": task.id + 1}, {"job_id": job + 100}):
+        assert get_paginated_collection(client.api_client.issues_api.list_endpoint, **other) == []
+    spec = models.IssueWriteRequest(frame=0, position=[1.0], job=99, message="?")
+    with pytest.raises(ApiException, match="object does not exist"):
+        client.api_client.issues_api.create(spec)
+    client.tasks.retrieve(task.id).remove()
+    assert cvat_server.store.issues == {}
+
+
+def test_requests_are_found_by_their_task(client: Client, task: Task) -> None:
+    endpoint = client.api_client.requests_api.list_endpoint
+    found = get_paginated_collection(endpoint, action="create", target="task", task_id=task.id)
+    assert [request.operation.task_id for request in found] == [task.id]
+    assert get_paginated_collection(endpoint, action="create", task_id=task.id + 1) == []
+    assert get_paginated_collection(endpoint, action="export", task_id=task.id) == []
+
+
 def test_deleting_takes_everything_below(client: Client, task: Task, project: int, cvat_server: CvatStandin) -> None:
     job = jobs_of(client, task.id)[0]
     cvat_server.site.delete_projects()
