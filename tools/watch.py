@@ -6,6 +6,7 @@ its own. What is marked is on disk before CVAT gets its answer, so a service tha
 WORKSPACE/cycles/
   watch.json    what is waiting, what was heard of, how the last cycle ended; replaced as a whole
   watch.log     what cycles print, a JSON object a line; watch.log.1 to .3 are older
+  watch.lock    held as long as the service runs: two would overwrite what each other has marked
 """
 
 import asyncio
@@ -20,21 +21,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from filelock import FileLock, Timeout
 from starlette.requests import ClientDisconnect
 
 from sscloud import __version__
 from sscloud.errors import BundleError, ConfigError, SSCloudError
 from sscloud.volume import pointed
+from tools.watch_http import HttpServer
 from tools.watch_state import LastRun, read_state, write_state
 from tools.webhooks import MAX_BODY, PATH, SECRET, Inbox, Message, RefusedError
 from training.journal import Journal, cycle_folder, read_journals
@@ -43,15 +46,21 @@ from training.page import NOTHING, render
 if TYPE_CHECKING:
     from training.cvat import Server
 
-STATE, LOG = "watch.json", "watch.log"
+STATE, LOG, LOCK = "watch.json", "watch.log", "watch.lock"
 READING: Final = 8.0
 """Seconds that a message may take to come in: CVAT itself gives up after ten."""
 GRACE: Final = 30.0
 """Seconds that a cycle has to end after it was asked to. It may be killed at any moment; asking leaves a nicer log."""
+FIRST_PAUSE: Final = 5.0
+"""Seconds until CVAT is asked again to take the webhook; twice as long each time."""
+LONGEST_PAUSE: Final = 300.0
 
 _LOG_BYTES, _OLD_LOGS = 8 << 20, 3
 _LONGEST_LINE = 4 << 20
 _LONGEST_TEXT = 2000
+_LINES_KEPT = 50
+"""Of the standard error stream, for what is told of a cycle that failed."""
+_ERROR_BEGINS = "sscloud cycle:"
 _LONGEST_SLEEP = 60.0
 """Seconds; a clock that is set must not put off a cycle for longer."""
 
@@ -137,6 +146,8 @@ class Watcher:
         inbox: takes messages; its memory becomes the one on disk.
         output: where lines of cycles go.
         look: asks the server what its finished jobs look like, a text that changes when they do; may take its time.
+        register: has the server make the webhook → its number, whose messages alone are taken from then on. It is
+            tried until it works: the server may be slower to start than this service.
         clock: seconds since 1970.
     """
 
@@ -147,15 +158,19 @@ class Watcher:
         *,
         output: logging.Logger,
         look: Callable[[], str] | None = None,
+        register: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._config, self._inbox, self._output, self._look, self._clock = config, inbox, output, look, clock
+        self._config, self._inbox, self._output, self._clock = config, inbox, output, clock
+        self._look, self._register = look, register
         self._path = config.workspace / "cycles" / STATE
         self.state = read_state(self._path, now=clock())
         inbox.memory = self.state.memory
         self.stopping = False
         self.refused = 0
         """Messages since the start."""
+        self.unregistered: str | None = None
+        """Why the server has no webhook yet."""
         self.last_error: tuple[float, str] | None = None
         self._since = clock()
         self._wake = asyncio.Event()
@@ -191,7 +206,7 @@ class Watcher:
 
     async def run(self) -> None:
         """Run cycles until `stop`."""
-        polling = asyncio.create_task(self._poll()) if self._look is not None and self._config.poll else None
+        beside = [asyncio.create_task(work) for work in (self._poll(), self._introduce())]
         try:
             while not self.stopping:
                 self._wake.clear()
@@ -203,10 +218,11 @@ class Watcher:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), pause)
         finally:
-            if polling is not None:
-                polling.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await polling
+            for task in beside:
+                task.cancel()
+            for result in await asyncio.gather(*beside, return_exceptions=True):
+                if isinstance(result, Exception):
+                    raise result
 
     def next_start(self) -> float | None:
         """When the next cycle starts, as far as is known."""
@@ -218,14 +234,29 @@ class Watcher:
             try:
                 seen = await _aside(self._look)
             except Exception as error:  # whatever it is, the next look may go well
-                expected = isinstance(error, SSCloudError | OSError)
-                self._fail("poll-failed", str(error) if expected else repr(error))
+                self._fail("poll-failed", _said(error))
             else:
                 if seen != self.state.polled:
                     self.state.polled = seen
                     note("poll", changed=True)
                     self.mark()
             await asyncio.sleep(self._config.poll)
+
+    async def _introduce(self) -> None:
+        """Have the server make the webhook, sooner or later."""
+        pause = FIRST_PAUSE
+        while self._register is not None:
+            try:
+                self._inbox.webhook = await _aside(self._register)
+            except Exception as error:  # whatever it is, the next time may go well
+                self.unregistered = _said(error)[:_LONGEST_TEXT]
+                note("register-failed", level=logging.WARNING, error=self.unregistered, again_in_seconds=pause)
+            else:
+                self.unregistered = None
+                note("registered", webhook=self._inbox.webhook)
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _cycle(self) -> None:
         begun = self._clock()
@@ -262,13 +293,13 @@ class Watcher:
 
     async def _attend(self, process: asyncio.subprocess.Process, begun: float) -> LastRun:
         """Pass on what a cycle prints until it ends, and end it when the service stops."""
-        last: dict[str, str] = {}
+        last: dict[str, deque[str]] = {"stdout": deque(maxlen=1), "stderr": deque(maxlen=_LINES_KEPT)}
 
         async def pass_on(stream: asyncio.StreamReader | None, name: str) -> None:
             if stream is None:
                 return
             async for line in _lines(stream):
-                last[name] = line
+                last[name].append(line)
                 self._output.info("cycle-output", extra={"fields": {"stream": name, "line": line}})
 
         reading = asyncio.gather(pass_on(process.stdout, "stdout"), pass_on(process.stderr, "stderr"))
@@ -280,8 +311,8 @@ class Watcher:
             ending.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await ending
-        result = _result(last.get("stdout", ""))
-        error = None if status == 0 else last.get("stderr") or f"It ended with status {status}, and said nothing."
+        result = _result("".join(last["stdout"]))
+        error = last_words(tuple(last["stderr"])) or f"It ended with status {status}, and said nothing."
         return LastRun(
             started=begun,
             ended=self._clock(),
@@ -289,7 +320,7 @@ class Watcher:
             outcome=_text(result.get("outcome")),
             summary=_text(result.get("summary")),
             report=_text(result["report"]) if result.get("report") else None,
-            error=None if error is None else error[:_LONGEST_TEXT],
+            error=None if status == 0 else error[:_LONGEST_TEXT],
         )
 
     async def _end_when_stopped(self, process: asyncio.subprocess.Process) -> None:
@@ -316,6 +347,8 @@ class Watcher:
         if error is None and state.last is not None and state.last.error is not None:
             error = state.last.ended, state.last.error
         champion, cycle, problems = _champion(config.workspace), None, []
+        if self.unregistered is not None:
+            problems.append(f"CVAT has not taken the webhook yet; it is asked again and again. {self.unregistered}")
         if isinstance(champion, str):
             problems.append(champion)
             champion = None
@@ -355,6 +388,7 @@ class Watcher:
             "problems": problems,
             "refused": self.refused,
             "webhooks": self._inbox.secret is not None,
+            "webhook": self._inbox.webhook,
             "poll_seconds": config.poll,
         }
 
@@ -400,6 +434,21 @@ def _result(line: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def last_words(lines: Sequence[str]) -> str:
+    """What a program said of its failure: its message with all its lines, else its last line, as after a traceback.
+
+    Args:
+        lines: the last ones of its standard error stream.
+    """
+    begins = [number for number, line in enumerate(lines) if line.startswith(_ERROR_BEGINS)]
+    return "\n".join(lines[begins[-1] if begins else -1 :])
+
+
+def _said(error: Exception) -> str:
+    """An error that was to be expected says it in words; of any other its name counts."""
+    return str(error) if isinstance(error, SSCloudError | OSError) else repr(error)
 
 
 def _text(value: object) -> str:
@@ -488,6 +537,7 @@ def render_health(health: dict[str, Any]) -> str:
             {
                 "up since": health["up_since"],
                 "webhooks": f"taken; refused so far: {health['refused']}" if health["webhooks"] else "not taken",
+                "number of the webhook in CVAT": str(health["webhook"] or NOTHING),
                 "looks at the server": f"every {health['poll_seconds'] / 60:g} min"
                 if health["poll_seconds"]
                 else "never",
@@ -576,50 +626,55 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-class _HttpServer(uvicorn.Server):
-    """Leaves the signals to the service: its cycle has to end first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-
 def watch(
     config: WatchConfig,
     *,
     secret: str | None,
-    webhook: int | None = None,
     look: Callable[[], str] | None = None,
-    when_ready: Callable[[], None] | None = None,
+    register: Callable[[], int] | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         config: how to watch.
         secret: of the webhook; None: no messages are taken.
-        webhook: number of the webhook whose messages are taken; None: of any one that has the secret.
         look: see `Watcher`.
-        when_ready: called once, in a thread, when messages are answered.
+        register: see `Watcher`; called when messages are answered. None: messages of any webhook that has the secret
+            are taken.
 
     Returns:
         0, the status of a service that was asked to stop.
 
     Raises:
-        ConfigError: the port or the workspace cannot be used.
+        ConfigError: the port or the workspace cannot be used; another service works in it.
     """
     cycles = config.workspace / "cycles"
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listen(config.host, config.port))
         try:
+            stack.enter_context(_lock(cycles))
+            listener = stack.enter_context(_listen(config.host, config.port))
             output = stack.enter_context(_logging_to(cycles))
         except OSError as error:
             raise ConfigError(
                 f"{cycles} cannot be written: {error.strerror or error}. Name another --workspace."
             ) from error
-        inbox = Inbox(secret=secret, project=config.project, webhook=webhook)
-        asyncio.run(_serve(config, inbox, listener, output=output, look=look, when_ready=when_ready))
+        inbox = Inbox(secret=secret, project=config.project)
+        asyncio.run(_serve(config, inbox, listener, output=output, look=look, register=register))
     return 0
+
+
+@contextlib.contextmanager
+def _lock(cycles: Path) -> Iterator[None]:
+    """Be the only service of a workspace. A process that is killed holds nothing any more."""
+    cycles.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(cycles / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"Another `sscloud watch` works in {cycles.parent}. End it first, or name another --workspace."
+        ) from None
+    with lock:
+        yield
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -640,22 +695,10 @@ async def _serve(
     *,
     output: logging.Logger,
     look: Callable[[], str] | None,
-    when_ready: Callable[[], None] | None,
+    register: Callable[[], int] | None,
 ) -> None:
-    watcher = Watcher(config, inbox, output=output, look=look)
-    server = _HttpServer(
-        uvicorn.Config(
-            make_app(watcher),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            limit_concurrency=64,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=5,
-        )
-    )
+    watcher = Watcher(config, inbox, output=output, look=look, register=register)
+    server = HttpServer(make_app(watcher))
     loop = asyncio.get_running_loop()
     before = {
         number: signal.signal(number, lambda *_: loop.call_soon_threadsafe(watcher.stop))
@@ -664,8 +707,6 @@ async def _serve(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     host, port = listener.getsockname()[:2]
     note("started", url=f"http://{host}:{port}/", project=config.project, workspace=str(config.workspace.resolve()))
-    if when_ready is not None:
-        threading.Thread(target=when_ready, daemon=True).start()
     try:
         await watcher.run()
     finally:

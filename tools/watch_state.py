@@ -46,7 +46,7 @@ class LastRun:
     summary: str = ""
     report: str | None = None
     error: str | None = None
-    """The last line of what a failed one said."""
+    """What a failed one said last."""
 
 
 @dataclass(slots=True, kw_only=True)

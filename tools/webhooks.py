@@ -105,7 +105,9 @@ def sign(secret: str, body: bytes) -> str:
 
 
 def register(server: "Server", *, project: int, url: str, secret: str) -> int:
-    """Have a project's webhook that sends to an address, with this secret; a second time makes no second one.
+    """Have a project's webhook that tells an address of changed jobs, with this secret.
+
+    One that sends there already is given what it lacks, and keeps the other events that it tells of.
 
     Returns:
         its number.
@@ -113,10 +115,10 @@ def register(server: "Server", *, project: int, url: str, secret: str) -> int:
     Raises:
         ServerError: the server does not answer, or refuses.
     """
-    for number, target in sorted(server.webhooks(project).items()):
-        if target == url:
-            server.update_webhook(number, secret=secret)
-            return number
+    for webhook in sorted(server.webhooks(project), key=lambda one: one.id):
+        if webhook.url == url:
+            server.update_webhook(webhook.id, secret=secret, events=webhook.events | {EVENT})
+            return webhook.id
     return server.create_webhook(project, url=url, secret=secret, events=[EVENT])
 
 

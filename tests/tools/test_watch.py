@@ -23,14 +23,15 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from cvat_standin import CvatStandin, jobs_of, make_task
-from sscloud.errors import ConfigError, ServerError
+from sscloud.errors import ConfigError, CycleError, ServerError, UnreachableError
 from tools import watch as module
 from tools.cli import load, main
 from tools.deploy import NETWORK
 from tools.nuclio import parse_duration
-from tools.watch import WatchConfig, Watcher, finished_work, render_health
+from tools.watch import WatchConfig, Watcher, finished_work, last_words, render_health
 from tools.watch_state import MOST_RETRIES, RETRY, LastRun, Pending, WatchState, read_state, write_state
 from tools.webhooks import MAX_BODY, Inbox, sign
 from tools.webhooks import SECRET as SECRET_VARIABLE
@@ -51,7 +52,8 @@ print("fetching", file=sys.stderr, flush=True)
 while (here / "hold").exists():
     time.sleep(0.01)
 if (here / "fail").exists():
-    print("sscloud cycle: the step train failed: <b>no memory</b>", file=sys.stderr)
+    print("sscloud cycle: Cycle 3 failed in its step train: <b>no memory</b>", file=sys.stderr)
+    print("What served before goes on serving.", file=sys.stderr)
     sys.exit(2)
 print(json.dumps({"outcome": "accepted", "summary": "street v4 serves now", "report": "cycles/0001/report.html"}))
 """
@@ -194,15 +196,15 @@ async def until(condition: Callable[[], object]) -> None:
 def attended(workspace: Path, scenario: Callable[[Watcher, Clock], Any], **fields: Any) -> Watcher:
     """Run a scenario beside a watcher's loop."""
     clock = Clock()
-    look = fields.pop("look", None)
+    given = {name: fields.pop(name, None) for name in ("look", "register")}
 
     async def both() -> Watcher:
         watcher = Watcher(
             config(workspace, **fields),
             Inbox(secret=SECRET, project=7),
             output=logging.getLogger("test.output"),
-            look=look,
             clock=clock,
+            **given,
         )
         loop = asyncio.create_task(watcher.run())
         try:
@@ -258,7 +260,9 @@ class TestWatcher:
         watcher = attended(tmp_path, scenario, quiet=0.0)
 
         health = watcher.health()
-        assert health["last_error"]["text"] == "sscloud cycle: the step train failed: <b>no memory</b>"
+        assert health["last_error"]["text"] == (
+            "sscloud cycle: Cycle 3 failed in its step train: <b>no memory</b>\nWhat served before goes on serving."
+        )
         assert health["last_run"]["status"] == 2
         assert health["next_start"] == "2027-01-15T09:00:00+00:00"
         page = render_health(health)
@@ -323,6 +327,34 @@ class TestWatcher:
         assert cycles(tmp_path) == 2
         assert watcher.last_error is None or watcher.last_error[1] in ("no answer", "RuntimeError('a defect')")
 
+    def test_a_webhook_is_registered_as_soon_as_cvat_answers(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+        booting = threading.Event()
+        tries: list[Exception] = [UnreachableError("CVAT gives no answer."), RuntimeError("a defect")]
+
+        def register() -> int:
+            if tries:
+                raise tries.pop()
+            if not booting.is_set():
+                raise ServerError("502 <Bad Gateway>")
+            return 3
+
+        async def scenario(watcher: Watcher, clock: Clock) -> None:
+            await until(lambda: watcher.unregistered == "502 <Bad Gateway>")
+            health = watcher.health()
+            assert health["webhook"] is None
+            assert "CVAT has not taken the webhook yet; it is asked again and again. 502 <" in health["problems"][0]
+            assert "again and again. 502 &lt;Bad" in render_health(health)
+            booting.set()
+            await until(lambda: watcher.unregistered is None)
+
+        watcher = attended(tmp_path, scenario, register=register)
+
+        assert watcher._inbox.webhook == watcher.health()["webhook"] == 3
+        assert watcher.health()["problems"] == []
+
     def test_health_shows_champion_and_last_cycle(self, tmp_path: Path) -> None:
         at = "2026-05-04T12:00:00+00:00"
         journal = Journal(number=3, started=at, ended=at, server="https://cvat", config={}, outcome="refused")
@@ -352,6 +384,30 @@ class TestWatcher:
         (tmp_path / "served/champion.json").write_text("{")
         assert len(watcher.health()["problems"]) == 2
         assert "journal.json" in render_health(watcher.health())
+
+
+class TestLastWords:
+    def test_a_failed_step(self) -> None:
+        error = CycleError("Cycle 3 failed in its step deploy: Nuclio is away.\nWhat served before goes on serving.")
+        lines = ["fetch  1 s  5 panoramas", "sscloud cycle: an older one", *f"sscloud cycle: {error}".splitlines()]
+
+        assert last_words(lines) == f"sscloud cycle: {error}"
+
+    def test_a_wrong_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["cycle", "--min-news", "5"])
+        said = last_words(capsys.readouterr().err.splitlines())
+
+        assert said.splitlines() == [
+            "sscloud cycle: unrecognized arguments: --min-news 5",
+            "Try: sscloud cycle --help",
+        ]
+
+    def test_a_traceback(self) -> None:
+        assert last_words(["Traceback (most recent call last):", '  File "a.py"', "KeyError: 5"]) == "KeyError: 5"
+
+    def test_nothing(self) -> None:
+        assert last_words([]) == ""
 
 
 def test_finished_work_changes_with_finished_jobs(cvat_server: CvatStandin, jpeg: bytes) -> None:
@@ -600,6 +656,29 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         module.watch(config(tmp_path, port=taken.getsockname()[1]), secret=SECRET)
 
 
+def test_a_workspace_has_one_service(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / "cycles/watch.lock"),
+        pytest.raises(ConfigError, match=r"Another `sscloud watch` works in .*End it first"),
+    ):
+        module.watch(config(tmp_path, port=0), secret=SECRET)
+    assert not (tmp_path / "cycles/watch.log").exists()
+
+
+def test_it_starts_before_cvat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    for name, value in (("CVAT_URL", nobody), ("CVAT_ACCESS_TOKEN", "token"), (SECRET_VARIABLE, SECRET)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "watch", lambda config, **given: told.update(given) or 0)
+
+    assert main(["watch", "--workspace", str(tmp_path), "--project", "7", "--register", "http://a/webhook"]) == 0
+
+    with pytest.raises(UnreachableError):
+        told["register"]()
+
+
 def test_the_cycle_has_the_same_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[WatchConfig] = []
     monkeypatch.setenv("SSCLOUD_WEBHOOK_SECRET", SECRET)
@@ -634,5 +713,7 @@ def test_the_files_of_deploy_call_it_rightly() -> None:
     assert SECRET_VARIABLE in inside["environment"]
     grace = int(re.findall(r"^TimeoutStopSec=(\d+)$", service, re.MULTILINE)[0])
     assert grace > module.GRACE
+    assert "StartLimitIntervalSec=0" in service  # CVAT may need longer than any limit
+    assert "--host" not in shlex.split(start)
     assert parse_duration(inside["stop_grace_period"]) > module.GRACE
     assert compose["networks"]["cvat"]["name"] == NETWORK

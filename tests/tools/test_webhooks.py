@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -196,5 +197,25 @@ def test_register_makes_one_webhook(cvat_server: CvatStandin) -> None:
 
     assert first == again != elsewhere
     webhook = cvat_server.store.webhooks[first]
+    assert webhook.project_id == project
     assert (webhook.events, webhook.secret, webhook.is_active) == (["update:job"], SECRET[::-1], True)
     assert all(SECRET not in str(entry.path) + str(entry.query) for entry in cvat_server.log)
+
+
+def test_register_mends_what_somebody_made_otherwise(cvat_server: CvatStandin) -> None:
+    url = "https://loop.example.org/webhook"
+    with cvat_server.site.client() as client:
+        project = cvat_server.site.make_project(client, "Улица", []).id
+    account = Account(url=cvat_server.url, token=cvat_server.access_token)
+    with Server.connect(account) as server:
+        theirs = server.create_webhook(project, url=url, secret="", events=["update:task", "create:job"])
+        mended = cvat_server.store.webhooks[theirs]
+        mended.is_active = False
+        whole = dataclasses.replace(mended, id=theirs - 1, type="organization", project_id=None)
+        cvat_server.store.webhooks[whole.id] = whole  # tells the same address of everything in an organisation
+
+        assert register(server, project=project, url=url, secret=SECRET) == theirs
+
+    assert mended.events == ["create:job", "update:job", "update:task"]
+    assert (mended.secret, mended.is_active) == (SECRET, True)
+    assert (whole.secret, whole.is_active) == ("", False)
