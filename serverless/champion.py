@@ -34,6 +34,9 @@ else:
 _LONGEST_PAUSE = 60.0
 """Seconds between two tries to copy a version that the volume does not give."""
 
+_UNREADABLE = "The model volume cannot be read now; it is tried again"
+_EMPTY = "The model volume names no version: none was promoted yet, or it is not mounted; it is looked at again"
+
 _PATIENCE = 1.5
 """Seconds to wait for the thread at the end; whoever ends a worker waits a little longer."""
 
@@ -63,8 +66,8 @@ class Champion:
         self._failed: object = None
         """What it held when that could not be copied: it is tried again, at `_again_at`."""
         self._again_at, self._pause = 0.0, settings.poll
-        self._reported = False
-        """Whether the log says already that the volume cannot be read."""
+        self._reported: str | None = None
+        """What the log says already of a volume that gives nothing, until it does."""
         self._metrics: Metrics | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -114,9 +117,8 @@ class Champion:
         try:
             data = read_pointer(volume)
         except (OSError, BundleError) as error:
-            # Where nothing was ever seen, nothing was promoted yet.
-            if self._seen is not None or not isinstance(error, FileNotFoundError):
-                self._report(error)
+            never = self._seen is None and isinstance(error, FileNotFoundError)
+            self._report(_EMPTY if never else _UNREADABLE, error)
             return None
         model: ModelHandler | None = None
         pointer: Pointer | None = None
@@ -124,22 +126,23 @@ class Champion:
         try:
             pointer = parse_pointer(data, source=str(volume / POINTER))
             seen = data, fingerprint(volume, pointer.bundle)
-            if seen == self._seen or (seen == self._failed and time.monotonic() < self._again_at):
+            if seen == self._failed and time.monotonic() < self._again_at:
                 return None
-            if self._served is not None and _same(pointer, self._served):
+            if seen == self._seen:
+                pass  # nothing new, but the volume is there: its next outage is one of its own
+            elif self._served is not None and _same(pointer, self._served):
                 self._settle()
             else:
                 model = self._load(volume, pointer)
         except OSError as error:
-            self._report(error)
+            self._report(_UNREADABLE, error)
             self._failed, self._again_at = seen, time.monotonic() + self._pause
             self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
             return None
         except Exception as error:  # whatever is wrong with a new model, the old one goes on
-            if seen == self._seen:
-                return None
-            self._refuse(pointer, error)
-        self._seen, self._failed, self._reported = seen, None, False
+            if seen != self._seen:
+                self._refuse(pointer, error)
+        self._seen, self._failed, self._reported = seen, None, None
         self._pause = self._settings.poll
         return model
 
@@ -191,14 +194,10 @@ class Champion:
             error=str(error) if isinstance(error, SSCloudError) else repr(error),
         )
 
-    def _report(self, error: Exception) -> None:
-        if not self._reported:
-            _log(
-                "The model volume cannot be read now; it is tried again",
-                model=self._title or "the packaged one",
-                error=str(error),
-            )
-        self._reported = True
+    def _report(self, message: str, error: Exception) -> None:
+        if message != self._reported:
+            _log(message, model=self._title or "the packaged one", error=str(error))
+        self._reported = message
 
 
 def _same(one: Pointer, other: Pointer) -> bool:

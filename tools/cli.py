@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
@@ -19,6 +20,10 @@ GROUPS = {
     "The loop": ("cycle", "select", "watch"),
     "All at once": ("demo",),
 }
+
+
+DEFECT = 70
+"""Exit status of an error that no message explains: sysexits' EX_SOFTWARE. Python's own 1 is a verb's answer."""
 
 
 class Command(Protocol):
@@ -58,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 when something was left out as asked; 2 for an error that a message explains; 130 after Ctrl-C.
+        0; 1 when something was left out as asked, or refused; 2 for an error that a message explains; 70 for a defect,
+        after its traceback; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = [name for group in GROUPS.values() for name in group]
@@ -73,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         print(f"sscloud: there is no verb {arguments[0]!r}.{hint} Verbs: {', '.join(names)}.", file=sys.stderr)
         return 2
-    return run_command(load(arguments[0]), arguments[1:], prog=f"sscloud {arguments[0]}")
+    try:
+        return run_command(load(arguments[0]), arguments[1:], prog=f"sscloud {arguments[0]}")
+    except Exception:
+        traceback.print_exc()
+        return DEFECT
 
 
 def load(name: str) -> Command:

@@ -633,6 +633,15 @@ class Nuctl:
             self.stream(["deploy", name, "--project-name", PROJECT, "--file", str(file)], failed)
         self.wait_until_ready(name, within)
 
+    def bring_back(self, name: str, previous: Previous) -> None:
+        """Deploy what `previous` found again, and wait until it runs.
+
+        Raises:
+            DeployError: it does not.
+        """
+        within = float(previous.config["spec"].get("readinessTimeoutSeconds") or _READINESS)
+        self.deploy_again(name, previous.config, _BACK_FAILED, within=within)
+
     def restart(self, name: str, *, annotations: Mapping[str, str], description: str) -> None:
         """Start a function's container again with other metadata, and the image that it has.
 

@@ -461,7 +461,10 @@ def dashboard_app(workers: Workers, config: FunctionConfig, *, function_port: in
 def describe_served(config: FunctionConfig) -> dict[str, Any]:
     """The function's `metadata` and `spec`, with the number of the version that its model volume points at.
 
-    A version that cannot be read, or has other labels than the function declares, is not what is served.
+    That is what workers serve, or are about to, unless they refuse it: the attribute `model` of their shapes, and their
+    `/metrics`, say what answers. They are not asked here, because CVAT asks for this list all the time, and a worker
+    answers nothing else while it works on an image. A version that cannot be read, or has other labels than the
+    function declares, is refused by all of them, and not shown.
     """
     told = {"metadata": config.metadata, "spec": config.spec}
     if config.models is None:

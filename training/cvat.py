@@ -171,6 +171,17 @@ class Remark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """A webhook of a project."""
+
+    id: int
+    url: str
+    """Where it sends to."""
+    events: frozenset[str]
+    """What it tells of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Function:
     """A serverless function as CVAT lists it."""
 
@@ -617,11 +628,19 @@ class Server:
 
     # Webhooks
 
-    def webhooks(self, project_id: int) -> dict[int, str]:
-        """The webhooks of a project: number → address that they send to."""
+    def webhooks(self, project_id: int) -> list[Webhook]:
+        """The webhooks of a project; those of its organisation are none of them."""
         with _naming(f"the webhooks of project {project_id}"):
             rows = self._pages(self._api.webhooks_api.list_endpoint, project_id=project_id)
-            return {_int(row, "id"): _text(row, "target_url") for row in rows}
+            return [
+                Webhook(
+                    id=_int(row, "id"),
+                    url=_text(row, "target_url"),
+                    events=frozenset(str(event) for event in row.get("events") or ()),
+                )
+                for row in rows
+                if row.get("type") == "project"
+            ]
 
     def create_webhook(self, project_id: int, *, url: str, secret: str, events: Sequence[str]) -> int:
         """A new webhook of a project → its number.
@@ -641,10 +660,11 @@ class Server:
             answer = self._send_json("POST", "/api/webhooks", {}, {**body, **settings, "events": list(events)})
             return _int(_object(answer, "webhook"), "id")
 
-    def update_webhook(self, webhook_id: int, *, secret: str) -> None:
-        """Give a webhook a secret, and switch it on."""
+    def update_webhook(self, webhook_id: int, *, secret: str, events: Collection[str]) -> None:
+        """Give a webhook a secret, have it tell of these events only, and switch it on."""
+        body = {"secret": secret, "is_active": True, "events": sorted(events)}
         with _naming(f"webhook {webhook_id}"):
-            self._send_json("PATCH", f"/api/webhooks/{webhook_id}", {}, {"secret": secret, "is_active": True})
+            self._send_json("PATCH", f"/api/webhooks/{webhook_id}", {}, body)
 
     def ping_webhook(self, webhook_id: int) -> int | None:
         """Have the server send a webhook's test message → the status that it got; None where it got none."""

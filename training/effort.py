@@ -15,7 +15,9 @@ a pre-label was taken as it was, 1 where nothing of it was of use, as without a 
 are left out, unless the schema has no background: then void is where nobody drew.
 
 Only frames of completed jobs count: elsewhere an untouched pre-label is one that nobody has looked at yet. A frame
-without any shape is in no data set (unless `--empty` takes it), so a pre-label that was deleted whole is not seen.
+without any shape is in no data set (unless `--empty` takes it): a pre-label that was deleted whole counts as unknown
+where the store has it. Of the button's it is not seen at all, nor is one all of whose shapes were drawn anew. So the
+worst pre-labels are missing, and the effort comes out lower than it was.
 """
 
 import hashlib
@@ -42,7 +44,7 @@ from training.effort_records import FrameEffort, add_effort, read_effort
 from training.effort_summary import EffortSummary, summarise_effort
 from training.manifest import IMAGES, MASKS, Manifest, ManifestItem, read_manifest
 from training.prelabel import is_gone, shapes_by_frame
-from training.prelabel_store import Drawn, FrameRecord, PrelabelStore, identity
+from training.prelabel_store import Drawn, FrameRecord, JobRecord, PrelabelStore, identity
 from training.rasterise import rasterise
 from training.reconstruction import reconstruct, titles_of
 from training.rule import Rule
@@ -69,6 +71,11 @@ SEVERAL_MODELS: Final = "its shapes name several versions"
 NO_BUNDLE: Final = "its version is not at hand"
 NOT_PROVEN: Final = "what is left of it does not show that the version drew it with its default settings"
 NOT_SETTLED: Final = "`sscloud prelabel` was stopped while it replaced it"
+DELETED_WHOLE: Final = "all its shapes were deleted, so the frame is not in the data set"
+FAILED: Final = "it could not be measured; the next fetch tries again"
+
+_PROBLEMS: Final = (SSCloudError, OSError, ValueError, RuntimeError)
+"""What one job may raise: answers and files that are no good, and all that a network runs into, such as memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +101,7 @@ def measure_effort(
     """Measure every fetched frame of this server that was pre-labelled, and keep the records in the data set.
 
     What was measured in this state of pre-label and mask is not measured again. A job that was changed since it was
-    fetched is left to the next fetch.
+    fetched is left to the next fetch. The frames of a job that cannot be measured are unknown until the next call.
 
     Args:
         server: logged in.
@@ -109,7 +116,7 @@ def measure_effort(
 
     Raises:
         ServerError: the server cannot be reached any more.
-        DatasetError: the manifest, or what was measured before, cannot be read.
+        DatasetError: the manifest cannot be read, or what was measured neither read nor written.
     """
     manifest = read_manifest(dataset)
     if manifest is None:
@@ -120,16 +127,19 @@ def measure_effort(
         if item.source.get("kind") == "cvat" and item.source["server"] == server.url:
             jobs.setdefault(int(item.source["job"] or 0), []).append(item)
     due = {job: found for job, items in jobs.items() if (found := bench.due(job, items))}
-    fresh: list[FrameEffort] = []
+    deleted = bench.deleted()
+    fresh = [record for records in deleted.values() for record in records if not bench.knows(record)]
     try:
         with tqdm(total=sum(map(len, due.values())), desc="Effort", unit="frame", disable=quiet or None) as bar:
             for job, items in due.items():
+                frames = len(jobs[job]) + len(deleted.get(job, ()))
                 try:
-                    fresh += bench.measure(job, items, frames=len(jobs[job]))
-                except SSCloudError as error:
-                    if is_gone(error):
+                    fresh += bench.measure(job, items, frames=frames)
+                except _PROBLEMS as error:
+                    if isinstance(error, SSCloudError) and is_gone(error):
                         raise
                     log.warning("What the pre-labels of job %d have saved could not be measured: %s", job, error)
+                    fresh += bench.failed(job, items, frames=frames)
                 bar.update(len(items))
                 if len(fresh) >= BATCH:
                     add_effort(dataset, fresh)
@@ -189,10 +199,14 @@ class _Bench:
             return []
         try:
             record = self._store.load(job)
-        except SSCloudError as error:
-            log.warning("What the pre-labels of job %d have saved could not be measured: %s", job, error)
-            return []
+        except _PROBLEMS:  # `measure` says it
+            return [item for item in items if not self._is_measured(item)]
         return [item for item in items if self._is_due(item, record.of(_frame(item)))]
+
+    def _is_measured(self, item: ManifestItem) -> bool:
+        """Whether something is known of the item's mask."""
+        known = self._known.get(_key(item))
+        return known is not None and known.mask_sha256 == item.mask_sha256 and known.unknown != FAILED
 
     def _is_due(self, item: ManifestItem, record: FrameRecord) -> bool:
         if record == FrameRecord() and not item.auto_pixels:
@@ -200,7 +214,47 @@ class _Bench:
         known = self._known.get(_key(item))
         if known is None or known.state != (*_key(item), _identity(record), item.mask_sha256):
             return True
-        return known.unknown == NO_BUNDLE and self._find(known.model) is not None
+        return known.unknown == FAILED or (known.unknown == NO_BUNDLE and self._find(known.model) is not None)
+
+    def knows(self, record: FrameEffort) -> bool:
+        """Whether this is the last that was written of the frame."""
+        known = self._known.get(record.key)
+        return known is not None and known.state == record.state
+
+    def deleted(self) -> dict[int, list[FrameEffort]]:
+        """Job → records of the frames that have left the data set because nothing of their pre-label is there."""
+        found: dict[int, list[FrameEffort]] = {}
+        prefix = f"{self._server.url}#"
+        for key, facts in self._manifest.jobs.items():
+            bare = {*facts.get("empty", ()), *facts.get("unpainted", ())}
+            if not bare or not key.startswith(prefix) or facts.get("state") != COMPLETED:
+                continue
+            job = int(key.removeprefix(prefix))
+            try:
+                record = self._store.load(job)
+            except _PROBLEMS as error:
+                log.warning("Which pre-labels of job %d were deleted is not known: %s", job, error)
+                continue
+            found[job] = [
+                FrameEffort(
+                    server=self._server.url,
+                    project=_optional(facts["project"]),
+                    task=int(facts["task"]),
+                    job=job,
+                    frame=frame,
+                    name="",
+                    group="",
+                    model=record.of(frame).drawn.model,
+                    prelabel=_identity(record.of(frame)),
+                    mask_sha256="",
+                    fetched=str(facts["updated"]),
+                    snapshot=self._snapshot,
+                    unknown=DELETED_WHOLE,
+                )
+                for frame in sorted(bare)
+                if record.of(frame).drawn.shapes
+            ]
+        return found
 
     def measure(self, job: int, items: Sequence[ManifestItem], *, frames: int) -> list[FrameEffort]:
         """Records of a job's items; none if the job was changed since it was fetched.
@@ -208,7 +262,7 @@ class _Bench:
         Args:
             job: the job.
             items: of those that are due.
-            frames: how many panoramas of the job are in the data set.
+            frames: how many frames share the job's time.
 
         Raises:
             SSCloudError: the job cannot be measured.
@@ -225,24 +279,43 @@ class _Bench:
                 found.append((item, facts))
         seconds = self._seconds_of(int(items[0].source["task"] or 0), job) if found else None
         return [
-            FrameEffort(
-                server=self._server.url,
-                project=_optional(item.source["project"]),
-                task=int(item.source["task"] or 0),
-                job=job,
-                frame=_frame(item),
-                name=item.name,
-                group=item.group,
-                mask_sha256=item.mask_sha256,
-                fetched=fetched,
-                snapshot=self._snapshot,
-                prelabel=_identity(record.of(_frame(item))),
-                job_seconds=seconds,
-                job_frames=frames,
-                **facts,
-            )
+            self._record(item, record.of(_frame(item)), job_seconds=seconds, job_frames=frames, **facts)
             for item, facts in found
         ]
+
+    def failed(self, job: int, items: Sequence[ManifestItem], *, frames: int) -> list[FrameEffort]:
+        """Records of items that could not be measured; see `measure`."""
+        try:
+            record = self._store.load(job)
+        except _PROBLEMS:
+            record = JobRecord()
+        return [
+            self._record(
+                item,
+                record.of(_frame(item)),
+                model=record.of(_frame(item)).drawn.model,
+                unknown=FAILED,
+                job_frames=frames,
+            )
+            for item in items
+        ]
+
+    def _record(self, item: ManifestItem, prelabel: FrameRecord, **facts: Any) -> FrameEffort:
+        job = int(item.source["job"] or 0)
+        return FrameEffort(
+            server=self._server.url,
+            project=_optional(item.source["project"]),
+            task=int(item.source["task"] or 0),
+            job=job,
+            frame=_frame(item),
+            name=item.name,
+            group=item.group,
+            mask_sha256=item.mask_sha256,
+            fetched=str(self._manifest.jobs[f"{self._server.url}#{job}"]["updated"]),
+            snapshot=self._snapshot,
+            prelabel=_identity(prelabel),
+            **facts,
+        )
 
     def _measure_frame(
         self, item: ManifestItem, record: FrameRecord, present: Sequence[Mapping[str, Any]]
@@ -341,7 +414,11 @@ class _Bench:
 
     def _find(self, title: str) -> ModelBundle | None:
         if title not in self._bundles:
-            self._bundles[title] = self._bundle_of(title)
+            try:
+                self._bundles[title] = self._bundle_of(title)
+            except _PROBLEMS as error:
+                log.warning("%s is not looked up: %s", title, error)
+                self._bundles[title] = None
         return self._bundles[title]
 
     def _detector_of(self, title: str) -> Detector | None:

@@ -57,7 +57,9 @@ def _cards(newest: EffortRow, before: EffortRow | None) -> list[dict[str, str]]:
         {
             "value": "—" if newest.seconds is None else seconds_text(newest.seconds),
             "name": "at work on a frame",
-            "note": f"known of {plural(newest.timed, 'frame')}" if newest.timed else "CVAT's analytics do not say",
+            "note": f"known of {plural(newest.timed, 'frame')}, in jobs that are all this version's"
+            if newest.timed
+            else "not known of any job that is all this version's",
         },
     ]
     if before is not None:

@@ -6,12 +6,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from filelock import FileLock, Timeout
+
 from sscloud.errors import DatasetError
 from sscloud.files import atomic_write
 
 FILE: Final = "effort.jsonl"
 FORMAT: Final = 1
 _MAX_BYTES: Final = 1 << 30
+_LOCK: Final = ".effort.lock"
+_PATIENCE_S: Final = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +28,7 @@ class FrameEffort:
     job: int
     frame: int
     name: str
-    """Of the item in the data set."""
+    """Of the item in the data set; empty: it is not there any more."""
     group: str
     """Key of the panoramas that it belongs together with, as in the manifest."""
     model: str
@@ -32,7 +36,7 @@ class FrameEffort:
     prelabel: str
     """Identity of the pre-label; empty: the store does not know it (the button)."""
     mask_sha256: str
-    """Of the result."""
+    """Of the result; empty: the data set has none."""
     fetched: str
     """The job's time of change when the result was fetched, as the server writes it."""
     snapshot: str
@@ -54,7 +58,7 @@ class FrameEffort:
     job_seconds: float | None = None
     """How long people had the job open; None: CVAT does not say."""
     job_frames: int = 1
-    """Panoramas of the job in the data set, which share its time."""
+    """Frames that share the job's time: its panoramas in the data set, and those that left it when all was deleted."""
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -104,14 +108,24 @@ def add_effort(dataset: Path, records: Iterable[FrameEffort]) -> None:
     """Append records, atomically; one of a state that is there already takes its place.
 
     Raises:
-        DatasetError: see `read_effort`.
+        DatasetError: see `read_effort`; or the file cannot be written, or another process does not let it go.
     """
-    found = {record.state: record for record in read_effort(dataset)}
-    for record in records:
-        found.pop(record.state, None)
-        found[record.state] = record
-    text = "".join(json.dumps(_json(record), ensure_ascii=False) + "\n" for record in found.values())
-    atomic_write(dataset / FILE, text.encode(errors="backslashreplace"))
+    try:
+        # A lock of its own: a fetch does not wait for that of the data set.
+        with FileLock(dataset / _LOCK, timeout=_PATIENCE_S):
+            found = {record.state: record for record in read_effort(dataset)}
+            for record in records:
+                found.pop(record.state, None)
+                found[record.state] = record
+            text = "".join(json.dumps(_json(record), ensure_ascii=False) + "\n" for record in found.values())
+            atomic_write(dataset / FILE, text.encode(errors="backslashreplace"))
+    except Timeout as error:
+        raise DatasetError(
+            f"Another process has been writing {dataset / FILE} for {_PATIENCE_S} s. Wait until it has ended, or stop "
+            "it, and fetch again."
+        ) from error
+    except OSError as error:
+        raise DatasetError(f"{dataset / FILE} cannot be written: {error.strerror or error}.") from error
 
 
 _REMEDY = "Bring the file back from a copy, or delete it: what can still be measured is measured again."

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -15,7 +15,7 @@ from training.bootstrap import FEW_GROUPS, draws, interval
 from training.effort_records import FrameEffort
 from training.evaluate import clipped, shown_score
 
-Standing = Literal["fell", "rose", "no difference shown", "nothing to compare"]
+Standing = Literal["fell", "rose", "no difference shown", "too few", "nothing to compare"]
 
 _VERSION: Final = re.compile(r"(.*) v(\d{1,9})", re.DOTALL)
 
@@ -70,9 +70,9 @@ class EffortRow:
     added: int
     """Shapes."""
     seconds: float | None
-    """Mean time that people had a frame open; None where CVAT says it of none."""
+    """Mean time that people had a frame open; None where nobody knows."""
     timed: int
-    """Frames of which it is known."""
+    """Frames of which it is known: CVAT says it of whole jobs, so all frames of a job have to be this version's."""
 
     @property
     def effort(self) -> float:
@@ -100,16 +100,20 @@ class EffortChange:
     value: float
     """Relative change of the effort: -0.4 when it fell by 40 %; NaN where the older version left nothing to do."""
     limits: tuple[float, float] | None
-    """Low and high of the 95 % interval; None with too few groups of panoramas."""
+    """Low and high of the 95 % interval; None if there is none."""
+    few: bool = False
+    """Whether there are too few groups of panoramas for an interval."""
 
     @property
     def standing(self) -> Standing:
-        """What can be said of it; with too few frames for an interval, what the numbers are."""
+        """What can be said of it."""
         if math.isnan(self.before.effort) or math.isnan(self.after.effort):
             return "nothing to compare"
-        low, high = self.limits or (self.value, self.value)
+        if self.few:
+            return "too few"
         if math.isnan(self.value):  # nothing was to do before
             return "rose" if self.after.effort > 0 else "no difference shown"
+        low, high = self.limits or (-math.inf, math.inf)
         return "fell" if high < 0 else "rose" if low > 0 else "no difference shown"
 
 
@@ -179,14 +183,15 @@ def summarise_effort(records: Iterable[FrameEffort]) -> EffortSummary:
     for record in measured:
         by_model.setdefault(record.model, []).append(record)
         by_fetch.setdefault(record.snapshot, []).append(record)
-    titles = _by_version(by_model)
+    timed = _jobs_of_one_version(newest.values())
+    rows = {title: _row(title, by_model[title], timed=timed) for title in _by_version(by_model)}
     return EffortSummary(
-        models=tuple(_row(title, by_model[title]) for title in titles),
+        models=tuple(rows.values()),
         cycles=tuple(
-            _row(f"{number}: {max(record.fetched for record in found)[:10]}", found)
+            _row(f"{number}: {max(record.fetched for record in found)[:10]}", found, timed=timed)
             for number, found in enumerate(by_fetch.values(), 1)
         ),
-        change=_last_change(titles, by_model, last=measured[-1].model) if measured else None,
+        change=_last_change(rows, by_model, last=measured[-1].model) if measured else None,
         unknown=dict(sorted(Counter(record.unknown for record in newest.values() if record.unknown).items())),
     )
 
@@ -196,8 +201,27 @@ def changes_of(record: FrameEffort) -> PixelChanges:
     return _together([record])
 
 
-def _row(name: str, records: Sequence[FrameEffort]) -> EffortRow:
-    timed = [record.seconds for record in records if record.seconds is not None]
+def _jobs_of_one_version(records: Iterable[FrameEffort]) -> frozenset[tuple[str, int]]:
+    """Server and number of the jobs all of whose frames one version pre-labelled.
+
+    Elsewhere the time of the job is also that of frames which were drawn by hand, or of another version's.
+    """
+    jobs: dict[tuple[str, int], list[FrameEffort]] = {}
+    for record in records:
+        jobs.setdefault((record.server, record.job), []).append(record)
+    return frozenset(
+        job
+        for job, found in jobs.items()
+        if len({record.model for record in found}) == 1
+        and found[0].model
+        and len(found) >= max(record.job_frames for record in found)
+    )
+
+
+def _row(name: str, records: Sequence[FrameEffort], *, timed: Container[tuple[str, int]]) -> EffortRow:
+    times = [
+        record.seconds for record in records if record.seconds is not None and (record.server, record.job) in timed
+    ]
     names: dict[int, str] = {}
     for record in records:
         names |= {number: label for number, label in record.labels.items() if number not in (record.nothing, VOID)}
@@ -210,8 +234,8 @@ def _row(name: str, records: Sequence[FrameEffort]) -> EffortRow:
         changed=sum(record.changed for record in records),
         deleted=sum(record.deleted for record in records),
         added=sum(record.added for record in records),
-        seconds=sum(timed) / len(timed) if timed else None,
-        timed=len(timed),
+        seconds=sum(times) / len(times) if times else None,
+        timed=len(times),
     )
 
 
@@ -259,20 +283,21 @@ def _name_and_version(title: str) -> tuple[str, int]:
 
 
 def _last_change(
-    titles: Sequence[str], by_model: Mapping[str, Sequence[FrameEffort]], *, last: str
+    rows: Mapping[str, EffortRow], by_model: Mapping[str, Sequence[FrameEffort]], *, last: str
 ) -> EffortChange | None:
-    """Between the last two versions of the name that `last` has."""
-    versions = [title for title in titles if _name_and_version(title)[0] == _name_and_version(last)[0]]
+    """Between the last two versions of the name that `last` has; the rows are in the order of versions."""
+    versions = [title for title in rows if _name_and_version(title)[0] == _name_and_version(last)[0]]
     if len(versions) < 2:
         return None
-    before, after = (by_model[title] for title in versions[-2:])
-    rows = _row(versions[-2], before), _row(versions[-1], after)
-    older, newer = rows[0].effort, rows[1].effort
+    before, after = (rows[title] for title in versions[-2:])
+    records = [by_model[title] for title in versions[-2:]]
+    few = any(len({record.group for record in side}) < FEW_GROUPS for side in records)
     return EffortChange(
-        before=rows[0],
-        after=rows[1],
-        value=newer / older - 1 if older else math.nan,
-        limits=_limits(before, after),
+        before=before,
+        after=after,
+        value=after.effort / before.effort - 1 if before.effort else math.nan,
+        limits=None if few else _limits(*records),
+        few=few,
     )
 
 
@@ -282,7 +307,7 @@ def _limits(before: Sequence[FrameEffort], after: Sequence[FrameEffort]) -> tupl
     for seed, records in enumerate((before, after)):
         groups = [record.group for record in records]
         drawn = draws(groups, seed=seed)
-        if drawn is None or len(set(groups)) < FEW_GROUPS:
+        if drawn is None:
             return None
         sides.append(_resampled_effort(drawn, records))
     older, newer = sides
@@ -321,9 +346,7 @@ def _verdict(summary: EffortSummary) -> str:
     )
     between = f"from {before.name} ({_frames(before.frames)}) to {after.name} ({_frames(after.frames)})"
     limits = (
-        "; too few for an interval"
-        if change.limits is None
-        else f", 95 % interval {_signed(change.limits[0])} to {_signed(change.limits[1])}"
+        "" if change.limits is None else f", 95 % interval {_signed(change.limits[0])} to {_signed(change.limits[1])}"
     )
     caution = "The frames are others, and may be easier or harder."
     match change.standing:
@@ -337,6 +360,8 @@ def _verdict(summary: EffortSummary) -> str:
                 f"WARNING: it is not shown that effort fell {between}{limits}: {facts}. {caution} More frames would "
                 "tell."
             )
+        case "too few":
+            return f"Too few to say whether effort fell, {between}: {facts}. {caution} More frames would tell."
     return f"Nothing is drawn in the frames {between}: there is nothing to compare."
 
 

@@ -205,8 +205,8 @@ class _Run:
             why = ", ".join(f"{count} of {reason}" for reason, count in self._found.jobs_left_out.items())
             raise DatasetError(
                 f"{len(gone)} of {len(here)} panoramas of these tasks would leave {self._output}: they no longer "
-                f"count ({why or 'their frames or jobs are gone'}). Nothing was changed. If that is right, add "
-                "--remove; otherwise look at --state and --stage."
+                f"count ({why or 'their frames or jobs are gone'}). Nothing was changed. If that is right, run "
+                "`sscloud fetch` with --remove; otherwise look at the states and stages of jobs that count."
             )
 
     def _choose_names(self, manifest: Manifest) -> dict[tuple[int, int], str]:

@@ -15,11 +15,11 @@ are left out for both: the old model cannot find what it was never shown, and th
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ from training.dataset import DatasetFolder, digest, open_dataset
 from training.evaluate import DamagedModelError, Evaluation, evaluate, json_number, json_numbers
 from training.metrics import mean_present, overlaps, score, tallies
 from training.page import NOTHING, hex_color, jpeg_data_uri, plural, render, score_text
+
+if TYPE_CHECKING:
+    from training.registry import ModelVersion
 
 PAGE = "gate.html"
 
@@ -63,6 +66,13 @@ class GateRules:
     """Of the IoU of a class: by so much it may fall."""
     floors: Mapping[str, float] = field(default_factory=dict)
     """By label name, for classes with a floor of their own."""
+    min_groups: int = 5
+    """Groups of test panoramas without which nothing is accepted in a champion's place.
+
+    A resample is never worse than the worst group drawn over and over, so neither is the bound, whatever the level. The
+    worst of n groups lies below the median of all groups with a probability of 1 - 2^-n only: 75 % of two groups, 88 %
+    of three, 94 % of four, 97 % of five. With fewer than five no bound means 95 %.
+    """
 
     def __post_init__(self) -> None:
         for name, value in (("margin", self.margin), ("floor", self.floor), *self.floors.items()):
@@ -70,6 +80,8 @@ class GateRules:
                 raise ConfigError(f"The gate's {name} must lie between 0 and 1, found {value}.")
         if not 0.5 <= self.level < 1:
             raise ConfigError(f"The gate's level must be at least 0.5 and below 1, found {self.level}.")
+        if self.min_groups < 2:
+            raise ConfigError(f"The gate's min_groups must be 2 or above, found {self.min_groups}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +169,7 @@ class Decision:
                 "level": self.rules.level,
                 "floor": self.rules.floor,
                 "floors": dict(self.rules.floors),
+                "min_groups": self.rules.min_groups,
             },
             "miou": _number(self.miou),
             "champion_miou": _number(self.champion_miou),
@@ -230,6 +243,25 @@ def _snapshot(schema: LabelSchema, digests: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def too_few_groups(test: DatasetFolder, rules: GateRules, *, group_by: str | None = None) -> str | None:
+    """Why a comparison on these panoramas decides nothing, and what to do, in sentences; None where it does.
+
+    Args:
+        test: of `test_part`.
+        rules: of the gate.
+        group_by: what is resampled together; see `training.bootstrap.groups_of`.
+    """
+    groups = len(set(groups_of(test, group_by).values()))
+    if groups >= rules.min_groups:
+        return None
+    of = "one group" if groups == 1 else f"only {groups} groups"
+    return (
+        f"The {plural(len(test.items), 'test panorama')} are of {of}, and the gate asks for {rules.min_groups}: with "
+        "fewer it cannot tell a loss from chance. Fetch tasks of other sites (some of them join the test part), say "
+        "what a group is (--group-by), or set the gate's min_groups lower (2 at least) and take that risk."
+    )
+
+
 # --- the decision -----------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +302,7 @@ def decide(
     rules: GateRules | None = None,
     device: str = "auto",
     group_by: str | None = None,
+    earlier: Iterable["ModelVersion"] = (),
     picture: Callable[[str, bytes], None] | None = None,
 ) -> Decision:
     """Measure both on the same panoramas, and decide.
@@ -284,6 +317,8 @@ def decide(
         rules: None for the defaults.
         device: see `sscloud.inference.Predictor`.
         group_by: what is resampled together; see `training.bootstrap.groups_of`.
+        earlier: former champions; where one of them scored clearly better on these panoramas, a warning says so: each
+            of many challengers may lose the margin.
         picture: told the name and the JPEG of each of the panoramas on which the two differ most.
 
     Raises:
@@ -314,7 +349,14 @@ def decide(
             try:
                 _require_whole(champion)
                 comparison = compare(champion, challenger, test, device=device, group_by=group_by, picture=picture)
-                judged = _judge_pair(comparison, (champion, challenger), test, rules, floors, reasons)
+                judged = _judge_pair(
+                    comparison,
+                    (champion, challenger),
+                    rules,
+                    floors,
+                    reasons,
+                    too_few=too_few_groups(test, rules, group_by=group_by),
+                )
             except DamagedModelError as error:
                 if error.path == challenger.path:
                     raise
@@ -327,6 +369,7 @@ def decide(
     else:
         reasons.judge("All its weights are numbers, and so are all its answers.", kept=True)
     _judge_learned(bundles, digests, reasons)
+    _tell_decline(judged["metrics"], about["test_snapshot"], earlier, rules, reasons)
     return Decision(**about, **judged, **reasons.decided())
 
 
@@ -361,10 +404,11 @@ def _floors(rules: GateRules, test: DatasetFolder, bundles: Sequence[ModelBundle
 def _judge_pair(
     comparison: Comparison,
     bundles: tuple[ModelBundle, ModelBundle],
-    test: DatasetFolder,
     rules: GateRules,
     floors: Mapping[int, float],
     reasons: _Reasons,
+    *,
+    too_few: str | None,
 ) -> dict[str, Any]:
     """The points that two models are compared by → fields of a `Decision`."""
     sides = comparison.a, comparison.b
@@ -412,7 +456,7 @@ def _judge_pair(
         limits = _limits(differences)
     difference = Difference(value=mious[1] - mious[0], limits=limits)
     groups = len({one.group for one in comparison.a.panoramas})
-    _judge_overall(mious, len(held), bound, groups, len(test.items), rules, reasons)
+    _judge_overall(mious, len(held), bound, groups, rules, reasons, too_few=too_few)
     _judge_classes([change for change in changes if change.standing == "judged"], reasons)
     _tell_the_rest(changes, reasons)
     return {
@@ -475,9 +519,10 @@ def _judge_overall(
     classes: int,
     bound: float | None,
     groups: int,
-    panoramas: int,
     rules: GateRules,
     reasons: _Reasons,
+    *,
+    too_few: str | None,
 ) -> None:
     before, after = mious
     what = f"mIoU of the {classes} judged classes" if classes > 1 else "IoU of the only judged class"
@@ -489,13 +534,8 @@ def _judge_overall(
             kept=False,
         )
         return
-    if bound is None:
-        reasons.judge(
-            f"{change}, but all {plural(panoramas, 'test panorama')} are of one group: whether that is chance cannot "
-            "be told. The test part needs panoramas of two groups at least, better ten: fetch tasks of other sites, "
-            "or say what a group is (--group-by).",
-            kept=False,
-        )
+    if too_few is not None or bound is None:  # there is a bound of two groups and more
+        reasons.judge(f"{change}, but that decides nothing. {too_few}", kept=False)
         return
     if bound > -rules.margin:
         text = "Overall it is not worse"
@@ -583,6 +623,25 @@ def _judge_learned(bundles: Mapping[str, ModelBundle], digests: Mapping[str, str
                 f"The champion has learned from {len(names)} of the {plural(len(digests), 'test panorama')} ({some}): "
                 "the comparison favours it."
             )
+
+
+def _tell_decline(
+    metrics: Mapping[str, float],
+    snapshot: str,
+    earlier: Iterable["ModelVersion"],
+    rules: GateRules,
+    reasons: _Reasons,
+) -> None:
+    """Warn where small losses have added up: an earlier champion was better by more than the margin."""
+    now = metrics.get("miou", math.nan)
+    scores = {each.title: each.metrics.get("miou", math.nan) for each in earlier if each.test_snapshot == snapshot}
+    better = {title: miou for title, miou in scores.items() if miou - now > rules.margin}
+    if better:
+        title = max(better, key=better.__getitem__)
+        reasons.warn(
+            f"An earlier champion, {title}, was better on these panoramas: mIoU {score_text(better[title])}, and now "
+            f"{score_text(now)}. Losses within the margin add up; `sscloud models compare` tells more."
+        )
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, float]:

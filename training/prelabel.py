@@ -28,6 +28,7 @@ from training.prelabel_store import (
     Verdict,
     holds,
     identity,
+    is_sent,
     judge,
     surplus,
 )
@@ -456,7 +457,9 @@ class _Desk:
             # That nothing is there, where nothing was found, says nothing: then what was there has to be untouched.
             written = holds(shapes, record.next) if record.next.shapes else self._is_ours(record.drawn, shapes)
             if not written:
-                self._note(number, FrameRecord(drawn=record.drawn))
+                # What was sent, and changed by a person before this was seen, is what the person has corrected.
+                drawn = record.next if is_sent(record, shapes) else record.drawn
+                self._note(number, FrameRecord(drawn=drawn))
                 return False
             left = set(surplus(record, present))
             if not left:

@@ -42,6 +42,8 @@ FIRST_POLL: Final = 0.2
 """Seconds until the server is asked how a run is going; every further pause is half as long again."""
 LONGEST_POLL: Final = 1.0
 
+_LISTED: Final = ", listed as "
+
 
 def prelabel_by_server(
     server: Server,
@@ -158,6 +160,11 @@ def holds_others(annotations: Annotations) -> bool:
     return bool(annotations.tags or annotations.tracks or annotations.intervals)
 
 
+def _settings(settings: str, *, model: str, listed: str) -> str:
+    """Settings of a run, with the name by which CVAT listed the version if that was another one's."""
+    return settings if model == listed else f"{settings}{_LISTED}{listed}"
+
+
 class _Watch:
     """One job while the server draws in it."""
 
@@ -217,7 +224,7 @@ class _Watch:
         verdicts = self._verdicts(annotations)
         people = [frame for frame, verdict in verdicts.items() if verdict == "people"]
         ours = [self._record.of(frame).drawn for frame, verdict in verdicts.items() if verdict == "ours"]
-        same = sum((drawn.model, drawn.settings) == (self._function.name, self._settings) for drawn in ours)
+        same = sum(map(self._is_current, ours))
         reason = None
         if people:
             reason = "people's work in it (`--via local` goes frame by frame)"
@@ -237,6 +244,19 @@ class _Watch:
         self._report.already += same
         self._report.other_model += len(ours) - same
         return False
+
+    def _is_current(self, drawn: Drawn) -> bool:
+        """Whether the function would draw the same, by its name in CVAT's list and by what this run has seen of it.
+
+        The list may be older than what is served: what was drawn then is known by the title that its shapes name.
+        """
+        name, seen = self._function.name, self._report.model
+        if seen not in (name, drawn.model):
+            return False
+        if drawn.model == name and _LISTED in drawn.settings:  # the list has caught up, and its version with it
+            before, _, after = self._settings.partition(f" version {self._function.version}, ")
+            return drawn.settings.startswith(f"{before} version ") and f", {after}{_LISTED}" in drawn.settings
+        return drawn.settings == _settings(self._settings, model=drawn.model, listed=name)
 
     def _verdicts(self, annotations: Annotations) -> dict[int, str]:
         """Frame → whose its shapes are. A frame that is not the job's, or deleted, counts when it has shapes."""
@@ -408,6 +428,7 @@ class _Watch:
                 f"Job {self._job} {self._witness.doubt}, so what is in it counts as people's work."
             )
             return
+        self._report.model = self._witness.title or self._report.model
         record = self._drawn({frame: self._witness.first.get(frame, []) for frame in self._work.frames})
         # Without a doubt, what is in the job now is what the run has drawn.
         names = {label.id: label.name for label in self._met.values()}
@@ -432,7 +453,8 @@ class _Watch:
             )
 
     def _drawn(self, frames: Mapping[int, Sequence[str]]) -> JobRecord:
-        model, settings = self._noted.model, self._noted.settings
+        model = self._witness.title or self._noted.model
+        settings = _settings(self._noted.settings, model=model, listed=self._noted.model)
         drawn = {
             frame: Drawn(model=model, settings=settings, shapes=tuple(sorted(shapes)))
             for frame, shapes in frames.items()

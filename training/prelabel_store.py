@@ -329,6 +329,11 @@ def holds(present: Iterable[str], drawn: Drawn) -> bool:
     return Counter(drawn.shapes) <= Counter(present)
 
 
+def is_sent(record: FrameRecord, present: Iterable[str]) -> bool:
+    """Whether `record.next` was sent: a shape is there that is one of its own, and none of those before it."""
+    return record.next is not None and bool((set(record.next.shapes) - set(record.drawn.shapes)) & set(present))
+
+
 def _unpack(packed: bytes, drawn: Drawn) -> Kept:
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
         text = stream.read(MAX_BYTES + 1)

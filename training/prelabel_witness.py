@@ -46,6 +46,11 @@ class Witness:
         """Shapes in the job at the last look."""
         return len(self._now)
 
+    @property
+    def title(self) -> str:
+        """The version that all shapes name which the run has drawn; empty if they name none, or several."""
+        return next(iter(self._models)) if len(self._models) == 1 else ""
+
     def see(self, updated: str, shapes: Sequence[Mapping[str, Any]], *, others: bool, seconds: float) -> None:
         """Take down what is in the job now that its time of change has moved.
 

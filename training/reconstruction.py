@@ -5,10 +5,14 @@ what the function does by default, and the answer is believed only if the shapes
 
 - one of them at least is exactly one of the regions that are found again, and
 - each of the others has the label and the confidence of one. People who cut a shape leave both as they are, while
-  another threshold, another smallest region or other weights change confidences and outlines.
+  another threshold or other weights change confidences and outlines; and
+- what is missing does not look as if it had never been drawn. A threshold leaves out regions that are less sure than
+  all that it leaves whole, a limit of sizes or numbers leaves out the smallest. Where that explains every missing
+  region, nobody can say whether people have deleted any.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +31,23 @@ CONFIDENCE: Final = "confidence"
 """Attributes of the shapes."""
 MAX_CROP_AREA: Final = 20_000_000
 """Pixels in the boxes of all masks of an answer, beyond which the function cuts regions and sends polygons."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A region that is found again."""
+
+    shape: Mapping[str, Any]
+    """As a mask."""
+    spellings: frozenset[str]
+    """Identities of its shape, of each kind that it may have been sent as."""
+    outlines: frozenset[str]
+    """The same, whatever its label and its attributes."""
+    look: tuple[int, str]
+    """Label id and confidence, as a shape says them."""
+    confidence: float
+    area: int
+    """Pixels."""
 
 
 def titles_of(shapes: Iterable[Mapping[str, Any]], labels: Sequence[ProjectLabel]) -> set[str]:
@@ -60,14 +81,49 @@ def reconstruct(
     if not left:
         return None
     kinds = {str(shape["type"]) for shape in left} & {"mask", "polygon"}
-    shapes, spellings = _draw_again(detector, image, labels=labels, frame=int(left[0]["frame"]), kinds=kinds)
-    sure = {(shape["label_id"], _attribute(shape, labels, CONFIDENCE)) for shape in shapes}
-    untouched = [identity(shape) in spellings for shape in left]
-    for shape, same in zip(left, untouched, strict=True):
+    found = _draw_again(detector, image, labels=labels, frame=int(left[0]["frame"]), kinds=kinds)
+    there = _matched(found, left, labels=labels)
+    if there is None:
+        return None
+    others = {_outline(shape) for shape in present if _attribute(shape, labels, MODEL) != title}
+    there |= {number for number, region in enumerate(found) if region.outlines & others}  # re-labelled
+    missing = [region for number, region in enumerate(found) if number not in there]
+    if _may_be_left_out(missing, beside=[found[number] for number in there]):
+        return None
+    return [dict(region.shape) for region in found]
+
+
+def _matched(
+    found: Sequence[_Found], left: Iterable[Mapping[str, Any]], *, labels: Sequence[ProjectLabel]
+) -> set[int] | None:
+    """The regions that the shapes were; None if one of the shapes was none of them, or no shape is untouched."""
+    by_spelling = {spelling: number for number, region in enumerate(found) for spelling in region.spellings}
+    by_look: dict[tuple[int, str], list[int]] = {}
+    for number, region in enumerate(found):
+        by_look.setdefault(region.look, []).append(number)
+    there: set[int] = set()
+    changed: list[tuple[int, str]] = []
+    for shape in left:
+        spelling = identity(shape)
+        if spelling in by_spelling:
+            there.add(by_spelling[spelling])
+            continue
         confidence = _attribute(shape, labels, CONFIDENCE)
-        if not same and (not confidence or (shape["label_id"], confidence) not in sure):
+        look = (int(shape["label_id"]), confidence)
+        if not confidence or look not in by_look:
             return None
-    return shapes if any(untouched) else None
+        changed.append(look)
+    if not there:
+        return None
+    for look in changed:  # of several it is one or the other; a piece of a shape that was cut in two is none more
+        there.update([number for number in by_look[look] if number not in there][:1])
+    return there
+
+
+def _may_be_left_out(missing: Sequence[_Found], *, beside: Sequence[_Found]) -> bool:
+    """Whether a threshold, or a limit of sizes or numbers, would leave out these and keep the others."""
+    sure, small = min(region.confidence for region in beside), min(region.area for region in beside)
+    return bool(missing) and all(region.confidence < sure or region.area <= small for region in missing)
 
 
 def _draw_again(
@@ -77,13 +133,12 @@ def _draw_again(
     labels: Sequence[ProjectLabel],
     frame: int,
     kinds: Collection[str],
-) -> tuple[list[dict[str, Any]], set[str]]:
-    """What a version draws with the settings that a function has by default, and the identities of the shapes."""
+) -> list[_Found]:
+    """What a version draws with the settings that a function has by default."""
     names = {label.id: label.name for label in detector.labels}
     met = match_labels(list(names.values()), labels, schema=detector.manifest.labels)
     fit = within_budget(detector.regions(image, threshold=0.0), max_crop_area=MAX_CROP_AREA)
-    shapes: list[dict[str, Any]] = []
-    spellings: set[str] = set()
+    found = []
     for region in (*fit.masks, *fit.polygons):
         label = met.get(names[region.label_id])
         if label is None:
@@ -95,9 +150,22 @@ def _draw_again(
             )
             for kind in ("mask", *kinds)
         }
-        shapes.append(spelt["mask"])
-        spellings.update(map(identity, spelt.values()))
-    return shapes, spellings
+        found.append(
+            _Found(
+                shape=spelt["mask"],
+                spellings=frozenset(map(identity, spelt.values())),
+                outlines=frozenset(map(_outline, spelt.values())),
+                look=(label.id, _attribute(spelt["mask"], labels, CONFIDENCE)),
+                confidence=region.confidence,
+                area=region.area,
+            )
+        )
+    return found
+
+
+def _outline(shape: Mapping[str, Any]) -> str:
+    """Identity of which pixels a shape covers."""
+    return identity({key: shape[key] for key in ("type", "points")})
 
 
 def _attribute(shape: Mapping[str, Any], labels: Sequence[ProjectLabel], name: str) -> str:

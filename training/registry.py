@@ -68,7 +68,8 @@ _PREFIX, _KEY, _SEAL, _APPROVALS = "sscloud.", "sscloud.key", "sscloud.manifest_
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RECORD_ID = re.compile(r"[0-9a-f]{32}")
 _METRIC = re.compile(r"[/\w.\- ]+")
-_LOGIN = re.compile(r"//[^/@\s]*@")
+_LOGIN = re.compile(r"//(?:[^/:\s]*:\S*|[^/\s]*)@")
+"""A password may hold @, / and : as it stands; what is too much is better hidden than what is too little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,8 @@ class ModelVersion:
     """Panoramas that it and its parents were trained on."""
     approvals: tuple[Approval, ...] = ()
     """Later ones than the decision, in the order of time."""
+    problem: str | None = None
+    """Why nothing but its number is known: what the store says of it was changed. None of a version that is whole."""
 
     @property
     def title(self) -> str:
@@ -147,6 +150,15 @@ def artifact_location(uri: str) -> Path | None:
     return _database(uri).parent / "artifacts"
 
 
+def without_login(text: str) -> str:
+    """A text without the logins of the addresses in it: for messages and logs.
+
+    Args:
+        text: an address of a store, or a sentence that holds some.
+    """
+    return _LOGIN.sub("//", text)
+
+
 def registered_names(uri: str) -> list[str]:
     """The models that SSCloud keeps in a store, in alphabetical order.
 
@@ -170,7 +182,7 @@ def open_registry(uri: str, *, name: str | None = None, cache: Path = CACHE) -> 
     if name is None:
         names = registered_names(uri)
         if len(names) != 1:
-            found = f"{_shown(uri)} holds {len(names)} registered models"
+            found = f"{without_login(uri)} holds {len(names)} registered models"
             raise ConfigError(
                 f"{found}: {', '.join(names)}. Choose one with --name."
                 if names
@@ -231,7 +243,7 @@ class Registry:
         test_snapshot: str | None,
         decision: Verdict | None,
         reasons: Sequence[str] = (),
-        against: str | None = None,
+        against: str | None,
     ) -> ModelVersion:
         """Make a run's best model the next version; a run that was registered already gives its version.
 
@@ -241,22 +253,21 @@ class Registry:
             test_snapshot: identity of the panoramas on which they were measured.
             decision: of the gate.
             reasons: of the decision, a sentence each.
-            against: title of the champion that the gate compared it with; None: the present one.
+            against: title of the champion that the gate compared it with; None where there was none. It may have been
+                replaced since, so it is never guessed.
 
         Raises:
             ConfigError: `run` is no run.
             BundleError: the run has no whole epoch yet, or its checkpoint is damaged.
             RegistryError: the store does not answer, or refuses.
         """
-        from training.export import (
-            export_bundle,
-        )  # imports PyTorch, which takes longer than all that is asked of a store
+        # Imports PyTorch, which takes longer than all that is asked of a store.
+        from training.export import BUNDLE, export_bundle
 
         config = read_run(run).config
         with tempfile.TemporaryDirectory(prefix="sscloud-version-") as temporary:
             bundle = export_bundle(run, Path(temporary) / "bundle", name=self.name, version=1)
             with self._writing():
-                champion = self.champion()
                 return self._add(
                     bundle,
                     record=self._record_of(run),
@@ -266,12 +277,18 @@ class Registry:
                         "config": dataclasses.asdict(config),
                         "decision": decision,
                         "reasons": list(reasons),
-                        "against": against or (champion.title if champion is not None else None),
+                        "against": against,
                     },
+                    called=_title_of(run / BUNDLE),
                 )
 
     def import_bundle(
-        self, bundle: ModelBundle, *, metrics: Mapping[str, float] | None = None, test_snapshot: str | None = None
+        self,
+        bundle: ModelBundle,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        test_snapshot: str | None = None,
+        reasons: Sequence[str] = (),
     ) -> ModelVersion:
         """Make a bundle that was made elsewhere the next version; one that is a version already gives that.
 
@@ -279,6 +296,7 @@ class Registry:
             bundle: it is copied, and its copy gets the name and number of the version.
             metrics: on the frozen test set, if it was measured there.
             test_snapshot: identity of the panoramas on which they were measured.
+            reasons: what is to be known of that, a sentence each.
 
         Raises:
             BundleError: the bundle is damaged.
@@ -298,13 +316,15 @@ class Registry:
                     "test_snapshot": test_snapshot,
                     "config": {},
                     "decision": None,
-                    "reasons": [f"Imported: {bundle.manifest.title}."],
+                    "reasons": [f"Imported: {bundle.manifest.title}.", *reasons],
                     "against": None,
                 },
             )
 
-    def _add(self, bundle: ModelBundle, *, record: str, facts: Mapping[str, Any]) -> ModelVersion:
-        """Make the version of a bundle, or finish it, or find it."""
+    def _add(
+        self, bundle: ModelBundle, *, record: str, facts: Mapping[str, Any], called: str | None = None
+    ) -> ModelVersion:
+        """Make the version of a bundle, or finish it, or find it; `called` is its title in what was said before."""
         manifest, client = bundle.manifest, self._client
         key = f"{_checked(record, _RECORD_ID, 'run')}-{_content(manifest)}"
         tags = {
@@ -330,7 +350,7 @@ class Registry:
             raw = self._of_key(key)
             if raw is None:
                 raise RegistryError(
-                    f"{_shown(self.uri)} has lost the version {mine.version} that it just made. Try again."
+                    f"{without_login(self.uri)} has lost the version {mine.version} that it just made. Try again."
                 )
             if int(raw.version) != int(mine.version):  # another process was first, and both write the same
                 with _asking(self.uri):
@@ -338,6 +358,9 @@ class Registry:
         if _SEAL in raw.tags:
             return self._read(raw, self._aliases())
         version = int(raw.version)
+        if called not in (None, f"{self.name} v{version}"):
+            reasons = [*facts["reasons"], f"Before it had its number, it was called {called}: its reports say so."]
+            tags[f"{_PREFIX}reasons"] = json.dumps(reasons, ensure_ascii=False)
         with _asking(self.uri):
             for name, value in tags.items():
                 if raw.tags.get(name) != value:
@@ -425,28 +448,28 @@ class Registry:
     # --- reading versions ---------------------------------------------------------------------------------------------
 
     def versions(self) -> list[ModelVersion]:
-        """All versions, ascending by number; those that were not finished are none.
+        """All versions, ascending by number; those that were not finished are none. A damaged one has a `problem`.
 
         Raises:
-            RegistryError: the store does not answer, or says of a version what cannot be.
+            RegistryError: the store does not answer.
         """
         aliases = self._aliases()
-        return [self._read(raw, aliases) for raw in self._raw() if _SEAL in raw.tags]
+        return [self._seen(raw, aliases) for raw in self._raw() if _SEAL in raw.tags]
 
     def get(self, version: int) -> ModelVersion:
-        """The version of that number.
+        """The version of that number; a damaged one has a `problem`.
 
         Raises:
             RegistryError: there is none, or the store does not answer.
         """
-        return self._read(self._sealed(version), self._aliases())
+        return self._seen(self._sealed(version), self._aliases())
 
     def find(self, title: str) -> ModelVersion | None:
         """The version of that title ("street v4"); None where there is none."""
         return next((each for each in self.versions() if each.title == title), None)
 
     def champion(self) -> ModelVersion | None:
-        """The version that is served; None where none was promoted yet."""
+        """The version that is served, damaged or not; None where none was promoted yet."""
         return self._with_alias(CHAMPION)
 
     def challenger(self) -> ModelVersion | None:
@@ -457,7 +480,7 @@ class Registry:
         """A version's bundle, verified: in place for a local store, from the cache for a server.
 
         Raises:
-            RegistryError: no such version, or the store does not answer.
+            RegistryError: no such version, it is damaged, or the store does not answer.
             BundleError: the files are missing, damaged, or not those that were registered.
         """
         raw = self._sealed(version)
@@ -484,11 +507,39 @@ class Registry:
 
     def _local(self, record: str, seal: str) -> Path:
         if self._artifacts is None:
-            raise RegistryError(f"{_shown(self.uri)} keeps no bundles on this machine.")
+            raise RegistryError(f"{without_login(self.uri)} keeps no bundles on this machine.")
         return self._artifacts / record / "artifacts" / _artifact(seal)
 
     def _with_alias(self, alias: str) -> ModelVersion | None:
         return next((each for each in self.versions() if alias in each.aliases), None)
+
+    def _whole(self, version: int) -> ModelVersion:
+        """The version of that number, which is not damaged."""
+        return self._read(self._sealed(version), self._aliases())
+
+    def _seen(self, raw: Any, aliases: Mapping[str, int]) -> ModelVersion:
+        """One of MLflow's versions as far as it can be read: a damaged one must not hide the others."""
+        try:
+            return self._read(raw, aliases)
+        except RegistryError as error:
+            number = int(raw.version)
+            return ModelVersion(
+                name=self.name,
+                version=number,
+                created="",
+                parent=None,
+                snapshot=None,
+                code_version="",
+                weights_sha256="",
+                metrics={},
+                test_snapshot=None,
+                config={},
+                decision=None,
+                reasons=(),
+                run=None,
+                aliases=_aliases_of(number, aliases),
+                problem=str(error),
+            )
 
     def _read(self, raw: Any, aliases: Mapping[str, int]) -> ModelVersion:
         """One of MLflow's versions, strictly."""
@@ -509,14 +560,14 @@ class Registry:
                 decision=_verdict(facts["decision"]),
                 reasons=tuple(_text(reason) for reason in facts["reasons"]),
                 run=_checked(raw.run_id, _RECORD_ID, "run"),
-                aliases=frozenset(alias for alias, version in aliases.items() if version == number),
+                aliases=_aliases_of(number, aliases),
                 against=_text_or_none(facts["against"]),
                 learned=int(facts["learned"]),
                 approvals=_approvals(raw.tags.get(_APPROVALS)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RegistryError) as error:
             raise RegistryError(
-                f"What {_shown(self.uri)} says of {self.name} v{number} cannot be used ({error}): its tags were "
+                f"What {without_login(self.uri)} says of {self.name} v{number} cannot be used ({error}): its tags were "
                 "changed. Delete that version in MLflow, or restore the store from a backup."
             ) from error
 
@@ -526,9 +577,9 @@ class Registry:
         """Make a version the challenger.
 
         Raises:
-            RegistryError: no such version, or the store does not answer.
+            RegistryError: no such version, it is damaged, or the store does not answer.
         """
-        self.get(version)
+        self._whole(version)
         with self._writing(), _asking(self.uri):
             self._client.set_registered_model_alias(self.name, CHALLENGER, str(version))
 
@@ -539,10 +590,10 @@ class Registry:
             The champion so far: None where there was none, the version itself where it is the champion already.
 
         Raises:
-            RegistryError: no such version, or the store does not answer.
+            RegistryError: no such version, it is damaged, or the store does not answer.
         """
         with self._writing():
-            self.get(version)
+            self._whole(version)
             before = self.champion()
             if before is None or before.version != version:
                 if before is not None:
@@ -555,10 +606,18 @@ class Registry:
             return before
 
     def previous_champion(self) -> ModelVersion | None:
-        """Where `roll_back` goes: the last champion before the present one that still exists; None without one."""
-        versions = {each.version: each for each in self.versions()}
-        present = next((each.version for each in versions.values() if CHAMPION in each.aliases), None)
-        return next((versions[each] for each in reversed(self._history(but=present)) if each in versions), None)
+        """Where `roll_back` goes: the last one of `former_champions`; None without one."""
+        return next(reversed(self.former_champions()), None)
+
+    def former_champions(self) -> list[ModelVersion]:
+        """The champions before the present one, the last one last; without those that are gone or damaged.
+
+        Raises:
+            RegistryError: the store does not answer, or the history was changed.
+        """
+        versions = {each.version: each for each in self.versions() if each.problem is None}
+        history = self._history(but=self._aliases().get(CHAMPION))
+        return [versions[number] for number in history if number in versions]
 
     def roll_back(self) -> tuple[ModelVersion, ModelVersion]:
         """Make the previous champion the champion again; once more goes back once more.
@@ -579,24 +638,32 @@ class Registry:
             history = self._history(but=None)  # killed before this, its last entry is the champion, which is skipped
             last = len(history) - 1 - history[::-1].index(target.version)
             self._remember(history[:last])
-            return left, self.get(target.version)
+            return left, self._whole(target.version)
 
-    def approve(self, version: int, *, reasons: Sequence[str], forced: bool) -> None:
-        """Note that a version may take the present champion's place.
+    def approve(self, version: int, *, against: str | None, reasons: Sequence[str], forced: bool) -> None:
+        """Note that a version may take a champion's place.
 
         Args:
             version: its number.
+            against: title of the champion whose place it may take, as it was when that was decided; None where there
+                was none.
             reasons: why, a sentence each.
             forced: a person has decided so, whatever the gate says.
 
         Raises:
-            RegistryError: no such version, or the store does not answer.
+            RegistryError: another version became the champion meanwhile; no such version, or it is damaged; the store
+                does not answer.
         """
         with self._writing():
-            found, champion = self.get(version), self.champion()
+            found, champion = self._whole(version), self.champion()
+            if (now := champion.title if champion is not None else None) != against:
+                raise RegistryError(
+                    f"{found.title} was approved in place of {against or 'none, since there was no champion'}, but "
+                    f"meanwhile {now or 'none'} is the champion. Try again: it is then compared with that one."
+                )
             approval = Approval(
                 at=datetime.now(UTC).isoformat(timespec="seconds"),
-                against=champion.title if champion is not None else None,
+                against=against,
                 reasons=tuple(reasons),
                 forced=forced,
             )
@@ -613,8 +680,9 @@ class Registry:
             history = _numbers(model.tags.get(_CHAMPIONS, "[]") if model is not None else "[]")
         except (TypeError, ValueError) as error:
             raise RegistryError(
-                f"The history of champions of {self.name} in {_shown(self.uri)} was changed ({error}). Set the tag "
-                f"{_CHAMPIONS} of the registered model to a list of version numbers, such as [1, 2]; [] forgets them."
+                f"The history of champions of {self.name} in {without_login(self.uri)} was changed ({error}). Set the "
+                f"tag {_CHAMPIONS} of the registered model to a list of version numbers, such as [1, 2]; [] forgets "
+                "them."
             ) from error
         while history and history[-1] == but:
             history.pop()
@@ -645,7 +713,7 @@ class Registry:
             lock.acquire()
         except Timeout as error:
             raise RegistryError(
-                f"Another process has been writing to {_shown(self.uri)} for {_LOCKED:.0f} s. Wait until it has "
+                f"Another process has been writing to {without_login(self.uri)} for {_LOCKED:.0f} s. Wait until it has "
                 "ended, and try again."
             ) from error
         try:
@@ -666,8 +734,8 @@ class Registry:
                 return None
         if model.tags.get(_MARK) != _FORMAT:
             raise RegistryError(
-                f"{_shown(self.uri)} holds a model {self.name!r} that SSCloud did not make, or a newer one did. Choose "
-                "another name with --name."
+                f"{without_login(self.uri)} holds a model {self.name!r} that SSCloud did not make, or a newer one did. "
+                "Choose another name with --name."
             )
         return model
 
@@ -694,7 +762,7 @@ class Registry:
                 return raw
         known = ", ".join(str(raw.version) for raw in sealed)
         there = f"It has the versions {known}." if known else "It has none yet: `sscloud models import` makes one."
-        raise RegistryError(f"{self.name} has no version {version} in {_shown(self.uri)}. {there}")
+        raise RegistryError(f"{self.name} has no version {version} in {without_login(self.uri)}. {there}")
 
     def _of_key(self, key: str) -> Any:
         """The version of a key: a finished one first, then the oldest; None where there is none."""
@@ -707,6 +775,14 @@ def _content(manifest: Manifest) -> str:
     named = ("name", "version", "created", "metrics")
     content = {name: value for name, value in manifest.to_dict().items() if name not in named}
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _title_of(bundle: Path) -> str | None:
+    """What a run's own bundle is called; None where there is none that can be read."""
+    try:
+        return ModelBundle.load(bundle).manifest.title
+    except BundleError:
+        return None
 
 
 def _artifact(seal: str) -> str:
@@ -755,18 +831,23 @@ def _store_errors() -> tuple[type[BaseException], ...]:
 
 @contextlib.contextmanager
 def _asking(uri: str) -> Iterator[None]:
-    """Turn what MLflow and its libraries raise into one message, without a login that an address may hold."""
+    """Turn what MLflow and its libraries raise into one message."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, _store_errors()):
             raise
-        lines = str(error).strip().splitlines()
-        reason = _LOGIN.sub("//", lines[0]) if lines else type(error).__name__
-        raise RegistryError(
-            f"The store {_shown(uri)} does not do what was asked: {reason[:300]} Check that it can be reached and "
-            "written to (MLFLOW_TRACKING_URI names it), and that its MLflow is not older than this one."
-        ) from error
+        raise store_error(uri, error) from error
+
+
+def store_error(uri: str, error: Exception) -> RegistryError:
+    """What MLflow or its libraries raised as one message, without a login that an address may hold."""
+    lines = str(error).strip().splitlines()
+    reason = without_login(lines[0]) if lines else type(error).__name__
+    return RegistryError(
+        f"The store {without_login(uri)} does not do what was asked: {reason[:300]} Check that it can be reached "
+        "and written to (MLFLOW_TRACKING_URI names it), and that its MLflow is not older than this one."
+    )
 
 
 @contextlib.contextmanager
@@ -794,10 +875,6 @@ def _database(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).resolve()
 
 
-def _shown(uri: str) -> str:
-    return _LOGIN.sub("//", uri)
-
-
 def _name_problem(name: str) -> str | None:
     if not name.strip() or name != name.strip() or len(name) > _NAME_LENGTH:
         return f"it must have 1 to {_NAME_LENGTH} characters, the first and the last one visible"
@@ -809,6 +886,10 @@ def _name_problem(name: str) -> str | None:
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Metrics as JSON has them: null for what is not defined."""
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _aliases_of(number: int, aliases: Mapping[str, int]) -> frozenset[str]:
+    return frozenset(alias for alias, version in aliases.items() if version == number)
 
 
 def _number(value: object) -> float:

@@ -198,7 +198,7 @@ class TestUnderLoad:
         wait_for(lambda: served_by_both(host) == {"street v2"})
         assert "'model': 'street v2', 'before': 'street v1'" in host.log
 
-    def test_the_dashboard_shows_what_is_served(self, host: Any, followed: Path) -> None:
+    def test_the_dashboard_shows_what_is_pointed_at(self, host: Any, followed: Path) -> None:
         assert host.get("/api/functions/sscloud-street").json()["metadata"]["annotations"]["version"] == "1"
         point(followed, folders(followed)[1])
         listed = host.get("/api/functions/sscloud-street").json()
@@ -286,7 +286,25 @@ class TestStart:
     ) -> None:
         with started(start_function, bundles[0].path, SSCLOUD_MODELS=str(tmp_path), SSCLOUD_POLL="30") as function:
             assert "'street v1'" in function.ask(body).log
-        assert "cannot be read" not in capfd.readouterr().err, "nothing was promoted yet: nothing is wrong"
+            function.context.user_data.champion.look()
+        log = capfd.readouterr().err
+        assert log.count("names no version: none was promoted yet, or it is not mounted") == 1, "once, not once a look"
+        assert "cannot be read" not in log
+
+    def test_every_outage_is_told_once(
+        self, start_function: Any, bundles: list[ModelBundle], tmp_path: Path, capfd: Any
+    ) -> None:
+        volume = make_volume(tmp_path / "served", bundles[:1])
+        with started(start_function, bundles[0].path, SSCLOUD_MODELS=str(volume), SSCLOUD_POLL="30") as function:
+            champion = function.context.user_data.champion
+            for outages in (1, 2):
+                away = volume.rename(tmp_path / "away")
+                champion.look()
+                champion.look()
+                away.rename(volume)
+                champion.look()
+                assert capfd.readouterr().err.count("cannot be read now") == 1, outages
+            assert champion.model.manifest.title == "street v1"
 
     def test_the_champion_at_once(
         self, start_function: Any, bundles: list[ModelBundle], tmp_path: Path, body: bytes

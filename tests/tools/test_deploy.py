@@ -625,6 +625,14 @@ class TestModelVolume:
         functions = machine.state["functions"]
         functions[NAME]["spec"]["env"].append({"name": "SSCLOUD_MIN_AREA", "value": "400"})
         functions[NAME]["spec"]["triggers"]["myHttpTrigger"]["numWorkers"] = 3
+        secret = {"name": "SSCLOUD_DEVICE", "valueFrom": {"secretKeyRef": {"name": "set", "key": "device"}}}
+        claim = {"name": "models", "persistentVolumeClaim": {"claimName": "models"}}
+        functions[NAME]["spec"]["env"].append(secret)
+        functions[NAME]["spec"]["volumes"][0]["volume"] = claim
+        functions[NAME]["spec"]["nodeSelector"] = {"disk": "fast"}
+        functions[NAME]["spec"]["build"]["image"] = "old"
+        functions[NAME]["metadata"]["labels"]["team"] = "streets"
+        functions[NAME]["metadata"]["annotations"]["contact"] = "anna"
         machine.update(functions=functions)
         state, pointer = machine.state, pointed(volume)
         with pytest.raises(ConfigError, match=r"new: Дом; gone: Здание, .* --redeploy .* Nothing was changed"):
@@ -646,10 +654,65 @@ class TestModelVolume:
         assert spec["env"] == [
             {"name": "SSCLOUD_MODELS", "value": "/opt/sscloud/models"},
             {"name": "SSCLOUD_MIN_AREA", "value": "400"},
+            secret,
         ], "what people set stays"
+        assert spec["nodeSelector"] == {"disk": "fast"}
+        (volume_now,) = spec["volumes"]
+        assert volume_now["volume"] == claim
+        assert volume_now["volumeMount"]["mountPath"] == "/opt/sscloud/models"
+        assert (spec["build"]["image"], "image" in spec) == (f"cvat.{NAME}", False)
+        assert "v5" in spec["description"]
+        metadata = machine.state["functions"][NAME]["metadata"]
+        assert (metadata["labels"]["team"], metadata["annotations"]["contact"]) == ("streets", "anna")
+        assert (metadata["annotations"]["version"], "Дом" in metadata["annotations"]["spec"]) == ("5", True)
         assert spec["triggers"]["myHttpTrigger"]["numWorkers"] == 3
         promote(versions, 5, volume=volume, function=redeploy, say=machine.lines.append)
         assert len(built) == 1, "the labels are the function's now"
+
+    @pytest.mark.parametrize("back", [True, False, None])
+    def test_a_new_image_that_is_not_taken(
+        self, machine: Machine, packaged: Path, volume: Path, versions: Versions, monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path, back: bool | None,
+    ) -> None:  # fmt: skip
+        """The function before it comes back with its version, or both stay and the message says so.
+
+        Args:
+            back: whether it comes back; None: it was built by a command that was killed, so nobody knows it any more.
+        """
+        self.have(machine, packaged, volume)
+        before = machine.state["functions"][NAME]
+
+        def build(config: DeployConfig, **_: Any) -> None:
+            made = yaml.safe_load((config.folder / "function.yaml").read_text(encoding="utf-8"))
+            machine.update(functions={NAME: {**made, "status": {"state": "ready"}}})
+
+        def wait(*_: Any, **__: Any) -> None:
+            raise DeployError("It names another.")
+
+        def deploy_again(_: Nuctl, name: str, config: Any, failed: str, *, within: float) -> None:
+            if not back:
+                raise DeployError(failed)
+            machine.update(functions={name: {**config, "status": {"state": "ready"}}})
+
+        monkeypatch.setattr(Nuctl, "deploy_again", deploy_again)
+        monkeypatch.setattr("tools.promotion.deploy", build)
+        monkeypatch.setattr("tools.promotion.wait_until_served", wait)
+        function = FunctionUpdate(name=NAME, redeploy=True)
+        said = {
+            True: "Улица v3 is the champion again",
+            False: "The previous function .* So Улица v5 stays the champion",
+            None: "was built for Улица v5 and does not take Улица v3, so Улица v5 stays the champion",
+        }[back]
+        if back is None:
+            package(versions.bundle(5).path, tmp_path / "built", name=NAME)
+            self.have(machine, tmp_path / "built", volume)
+        with pytest.raises(DeployError, match=f"It names another.*{said}"):
+            promote(versions, 5, volume=volume, function=function, say=machine.lines.append, url="127.0.0.1:9")
+        now = pointed(volume)
+        assert now is not None
+        assert (versions.number, now.bundle.rpartition("-")[0][-2:]) == ((3, "v3") if back else (5, "v5"))
+        if back:
+            assert machine.state["functions"][NAME]["spec"]["image"] == before["spec"]["image"]
 
     @pytest.mark.parametrize(
         ("change", "message"),

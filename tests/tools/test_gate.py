@@ -12,7 +12,8 @@ from sscloud.bundle import Manifest, ModelBundle
 from sscloud.checkpoint import save_bundle
 from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
-from tools.cli import main
+from tools.cli import DEFECT, main
+from tools.commands import gate as command
 from training.manifest import DatasetWriter
 from training.splits import SplitPlan
 
@@ -57,9 +58,10 @@ def test_refused_with_a_page(
     data: Path, good: ModelBundle, other: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    command = ["gate", str(good.path), str(other.path), str(data), "--device", "cpu", "-o", str(output)]
+    arguments = ["gate", str(good.path), str(other.path), str(data), "--device", "cpu", "-o", str(output)]
+    arguments += ["--min-groups", "2"]
 
-    assert main(command) == 1
+    assert main(arguments) == 1
 
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "Улица v4 is refused: Улица v3 stays."
@@ -74,19 +76,36 @@ def test_refused_with_a_page(
     assert decision["panoramas"] == 2
     assert "data:image/jpeg" in (output / "gate.html").read_text(encoding="utf-8")
 
-    assert main(command) == 2
+    assert main(arguments) == 2
     assert f"{output} exists already" in capsys.readouterr().err
 
 
 def test_accepted_by_a_wider_floor(
     data: Path, tiny_bundle: ModelBundle, other: ModelBundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["gate", str(tiny_bundle.path), str(other.path), str(data), "--device", "cpu", "--json"]
+    arguments = ["gate", str(tiny_bundle.path), str(other.path), str(data), "--device", "cpu", "--json"]
 
-    assert main([*command, "--margin", "0.9", "--class-floor", "Земля=1"]) == 0
+    wider = [*arguments, "--margin", "0.9", "--class-floor", "Земля=1"]
+    assert main([*wider, "--min-groups", "2"]) == 0
     decision = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert decision["accepted"] is True
-    assert decision["rules"] == {"margin": 0.9, "level": 0.95, "floor": 0.05, "floors": {"Земля": 1.0}}
+    rules = {"margin": 0.9, "level": 0.95, "floor": 0.05, "floors": {"Земля": 1.0}, "min_groups": 2}
+    assert decision["rules"] == rules
+
+    assert main(wider) == 1
+    (refusal,) = json.loads(capsys.readouterr().out.splitlines()[-1])["refusals"]
+    assert "The 2 test panoramas are of only 2 groups, and the gate asks for 5" in refusal
+
+
+def test_a_defect_does_not_look_like_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(command, "run", run)
+    assert main(["gate", "-", "a", "b"]) == DEFECT == 70
+    assert "ZeroDivisionError: a defect" in capsys.readouterr().err
 
 
 def test_the_first_model(data: Path, other: ModelBundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +118,7 @@ def test_the_first_model(data: Path, other: ModelBundle, capsys: pytest.CaptureF
     [
         (["--class-floor", "Вода=0.1"], "Floors are set for 'Вода', but the labels are Фон, "),
         (["--level", "0.3"], "The gate's level must be at least 0.5"),
+        (["--min-groups", "1"], "The gate's min_groups must be 2 or above"),
     ],
 )
 def test_errors(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,7 +27,9 @@ from sscloud.volume import pointed
 from tools import promotion
 from tools.cli import main
 from tools.promotion import FunctionUpdate
-from training.dataset import open_dataset
+from training import gate
+from training.dataset import digest, open_dataset
+from training.gate import Decision
 from training.manifest import DatasetWriter
 from training.registry import Registry, default_uri
 from training.splits import SplitPlan
@@ -72,14 +75,14 @@ def dataset(tmp_path: Path, tiny_bundle: ModelBundle, make_panorama: Callable[..
     for folder in ("imgs", "masks"):
         (root / folder).mkdir(parents=True)
     predictor = Predictor(tiny_bundle, device="cpu")
-    for number in range(1, 5):
+    for number in range(1, 7):
         image = make_panorama(seed=number)
         Image.fromarray(image).save(root / f"imgs/{number}.png")
         Image.fromarray(predictor.predict(image).label_map).save(root / f"masks/{number}.png")
     with DatasetWriter(root, schema=LabelSchema.default()) as writer:
-        writer.freeze_splits(SplitPlan(group_by="image", validation=0, test=75))
+        writer.freeze_splits(SplitPlan(group_by="image", validation=0, test=83))
         writer.commit()
-    assert [item.split for item in open_dataset(root).items].count("test") == 3
+    assert [item.split for item in open_dataset(root).items].count("test") == 5
     return root
 
 
@@ -113,6 +116,31 @@ def test_list_and_show(workspace: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert text in out
     assert models("show", 9, *where) == 2
     assert "Улица has no version 9" in capsys.readouterr().err
+
+
+def test_a_spoilt_tag_does_not_stand_in_the_way(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the champion that is to be left least of all."""
+    where = ("--workspace", workspace)
+    assert models("promote", 1, *where) == 0
+    assert models("promote", 3, *where, "--force", "Стены лучше") == 0
+    uri = default_uri(workspace)
+    for version in ("2", "3"):
+        MlflowClient(uri, uri).set_model_version_tag("Улица", version, "sscloud.metrics", "nothing")
+    capsys.readouterr()
+
+    assert models("list", *where) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["damaged" in line for line in lines[2:]] == [False, True, True]
+    assert models("show", 3, *where) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, "its tags were changed" in captured.err) == ("", True)
+    assert models("show", 3, *where, "--json") == 2
+    assert "its tags were changed" in json.loads(capsys.readouterr().out)["problem"]
+    assert models("promote", 2, *where, "--force", "Again") == 2
+    assert "its tags were changed" in capsys.readouterr().err
+
+    assert models("rollback", *where) == 0
+    assert capsys.readouterr().out == "Улица v1 is served in place of Улица v3.\n"
 
 
 def test_show_names_damage(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,12 +201,14 @@ def test_promote_by_force_and_roll_back(workspace: Path, capsys: pytest.CaptureF
     assert out.startswith("Улица v3 (champion)\n")
     assert "in place of Улица v1\n    Стены лучше\n" in out
 
-    assert models("rollback", *where) == 0
-    assert capsys.readouterr().out == "Улица v1 is served in place of Улица v3.\n"
+    assert models("rollback", *where, "--json") == 0
     back = pointed(workspace / "served")
     assert back is not None
     assert first is not None
     assert back.bundle == first.bundle
+    assert json.loads(capsys.readouterr().out) == {
+        "champion": "Улица v1", "previous": "Улица v3", "folder": first.bundle, "seconds": None, "notes": [],
+    }  # fmt: skip
     assert models("rollback", *where) == 2
     assert "none to go back to" in capsys.readouterr().err
 
@@ -195,6 +225,39 @@ def test_promote_asks_the_gate(workspace: Path, dataset: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == "Улица v2 is served in place of Улица v1.\n"
     (approval,) = Registry(default_uri(workspace), name="Улица").get(2).approvals
     assert (approval.against, approval.forced) == ("Улица v1", False)
+
+
+def test_promote_measures_as_the_cycle_does(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its labels and rules; and what the gate says of one champion does not hold for the next one."""
+    settings = "name: Улица\nlabels: own.yaml\ngate: {min_groups: 3}\n"
+    (workspace / "cycle.yaml").write_text(settings, encoding="utf-8")
+    registry = Registry(default_uri(workspace), name="Улица")
+    for version in (3, 1):
+        registry.set_champion(version)
+    asked: dict[str, Any] = {}
+
+    def test_part(dataset: Path, *, labels: Path | None = None) -> str:
+        asked.update(labels=labels)
+        return "the test part"
+
+    def decide(champion: ModelBundle, challenger: ModelBundle, test: object, **arguments: Any) -> Decision:
+        asked.update(arguments, test=test)
+        registry.set_champion(3)
+        return Decision(
+            accepted=True, reasons=(), champion=champion.manifest.title, challenger=challenger.manifest.title,
+            test_snapshot="", panoramas=0, metrics={}, champion_metrics={},
+        )  # fmt: skip
+
+    monkeypatch.setattr(gate, "test_part", test_part)
+    monkeypatch.setattr(gate, "decide", decide)
+    assert models("promote", 2, "--workspace", workspace, "--dataset", "data") == 2
+
+    assert "approved in place of Улица v1, but meanwhile Улица v3 is the champion" in capsys.readouterr().err
+    assert registry.get(2).approvals == ()
+    assert (asked["labels"], asked["test"], asked["rules"].min_groups) == (workspace / "own.yaml", "the test part", 3)
+    assert [version.version for version in asked["earlier"]] == [3]
 
 
 @pytest.mark.parametrize(
@@ -243,6 +306,21 @@ def test_import_measures(
     version = Registry(default_uri(tmp_path), name="street").get(1)
     assert version.metrics["miou"] == 1
     assert version.test_snapshot
+    assert len(version.reasons) == 1  # nothing speaks against its scores
+
+
+def test_import_keeps_what_its_scores_are_worth(
+    tmp_path: Path, dataset: Path, tiny_bundle: ModelBundle, make_unet: Callable[..., UNet],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    learned = tuple(digest(item) for item in open_dataset(dataset).items)
+    known = save_bundle(tmp_path / "known", make_unet(), replace(tiny_bundle.manifest, learned=learned))
+    assert models("import", known.path, "--workspace", tmp_path, "--name", "street", "--dataset", dataset) == 0
+    text = "It has learned from 5 of the 5 test panoramas"
+    assert text in capsys.readouterr().err
+    version = Registry(default_uri(tmp_path), name="street").get(1)
+    assert (version.decision, version.reasons[0]) == (None, f"Imported: {tiny_bundle.manifest.title}.")
+    assert version.reasons[1].startswith(text)
 
 
 def test_in_a_process_of_its_own(workspace: Path) -> None:

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from executioner import Executioner, Killed
+from filelock import FileLock
 from model_versions import Versions
 
 import tools.promotion
@@ -19,7 +21,7 @@ from sscloud.errors import BundleError, ConfigError, DeployError
 from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
 from sscloud.volume import POINTER, pointed, publish
-from tools.promotion import ROLLBACK, Promotion, promote, roll_back, wait_until_served
+from tools.promotion import LOCK, ROLLBACK, Promotion, Wait, promote, roll_back, wait_until_served
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,71 @@ class TestPromote:
         do_promote(versions, 2, volume)
         assert state(versions, volume) == (2, [1], "street-v2", False)
 
+    def test_a_rollback_to_other_labels(self, versions: Versions, volume: Path) -> None:
+        """Refused before anything is noted, so the next rollback begins anew."""
+        do_promote(versions, 1, volume)
+        do_promote(versions, 4, volume, new_labels=True)
+        with pytest.raises(ConfigError, match="street v1 has other labels than street v4"):
+            do_roll_back(versions, volume)
+        assert state(versions, volume) == (4, [1], "street-v4", False)
+
+
+class TestOneAtATime:
+    """Alias and pointer agree, whoever else promotes or rolls back."""
+
+    def test_another_one_goes_on(self, versions: Versions, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        do_promote(versions, 1, volume)
+        do_promote(versions, 2, volume)
+        monkeypatch.setattr(tools.promotion, "_LOCKED", 0.05)
+        with FileLock(volume / LOCK):
+            for action in (lambda: do_promote(versions, 3, volume), lambda: do_roll_back(versions, volume)):
+                with pytest.raises(ConfigError, match=r"has been going on in .* for 0\.05 s"):
+                    action()
+        assert state(versions, volume) == (2, [1], "street-v2", False)
+
+    def test_the_second_waits_until_the_first_is_taken_back(
+        self, versions: Versions, volume: Path, served: tuple["Served", str]
+    ) -> None:
+        told, url = served
+        told.say("street v1")
+        do_promote(versions, 1, volume)
+        is_champion, waits = threading.Event(), threading.Event()
+
+        def say_first(line: str) -> None:
+            if line == "street v2 is the champion.":
+                is_champion.set()
+                assert waits.wait(10)
+
+        def first() -> None:
+            with pytest.raises(DeployError, match="street v1 is the champion again"):
+                promote(versions, 2, volume=volume, function=None, say=say_first, url=url, within=0.2)  # type: ignore[arg-type]
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert is_champion.wait(10)
+        promote(versions, 3, volume=volume, function=None, say=lambda _: waits.set())  # type: ignore[arg-type]
+        thread.join(10)
+        assert state(versions, volume) == (3, [1], "street-v3", False)
+
+    @pytest.mark.parametrize(("expected", "by_now"), [(1, "with v1, but the champion is street v2"), (None, "with no")])
+    def test_another_champion_than_expected(
+        self, versions: Versions, volume: Path, expected: int | None, by_now: str
+    ) -> None:
+        do_promote(versions, 1, volume, expected=None)
+        do_promote(versions, 2, volume, expected=1)
+        with pytest.raises(ConfigError, match=f"street v3 is not promoted: it was compared {by_now}"):
+            do_promote(versions, 3, volume, expected=expected)
+        assert state(versions, volume) == (2, [1], "street-v2", False)
+        do_promote(versions, 2, volume, expected=expected)  # once more, as after a kill
+
+    def test_a_rollback_that_another_champion_has_overtaken(self, versions: Versions, volume: Path) -> None:
+        do_promote(versions, 1, volume)
+        do_promote(versions, 2, volume)
+        do_promote(versions, 3, volume)
+        (volume / ROLLBACK).write_text('{"from": 2, "to": 1}', encoding="utf-8")
+        assert do_roll_back(versions, volume).champion.version == 2
+        assert state(versions, volume) == (2, [1], "street-v2", False)
+
 
 class TestInterrupted:
     """A command that is killed between any two steps, and run again, ends as one that was left alone."""
@@ -187,7 +254,7 @@ class TestInterrupted:
     ) -> None:
         do_promote(versions, 1, published)
         do_promote(versions, 2, published)
-        assert self.run(versions, lambda: do_roll_back(versions, published), monkeypatch, 3)
+        assert self.run(versions, lambda: do_roll_back(versions, published), monkeypatch, 4)
         assert (published / ROLLBACK).exists()
         do_promote(versions, 3, published)
         do_roll_back(versions, published)
@@ -200,6 +267,7 @@ class Served:
     def __init__(self) -> None:
         self.replies: list[str] = []
         """The next ones; the last one stays."""
+        self.status = 200
 
     def say(self, *models: str, refused: str = "") -> None:
         """The next replies, of two workers in turn."""
@@ -215,7 +283,7 @@ def served() -> Iterator[tuple[Served, str]]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             reply = told.replies.pop(0) if len(told.replies) > 1 else told.replies[0]
-            self.send_response(200 if self.path == "/metrics" else 404)
+            self.send_response(told.status if self.path == "/metrics" else 404)
             self.end_headers()
             self.wfile.write(reply.encode())
 
@@ -243,11 +311,31 @@ class TestServed:
         told, url = served
         old, new = "street v1", 'the \\"new\\" v2'
         told.say(old, old, new, old, new, new, new, old, new)
-        assert wait_until_served(url, 'the "new" v2', folder="f", within=10) is not None
+        assert wait_until_served(url, 'the "new" v2', folder="f", within=10).seconds is not None
         assert len(told.replies) == 1, "asked until six in a row of both workers named it"
 
     def test_nobody_answers(self, served: tuple[Served, str]) -> None:
-        assert wait_until_served("127.0.0.1:9", "street v2", folder="f") is None
+        silence = "No function answers at 127.0.0.1:9; it serves street v2 when it starts."
+        assert wait_until_served("127.0.0.1:9", "street v2", folder="f") == Wait(None, silence)
+
+    def test_one_that_is_busy_may_answer_later(self) -> None:
+        """A port that takes connections is no function that does not run: it is asked on, and nothing is claimed."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            url = f"127.0.0.1:{server.getsockname()[1]}"
+            wait = wait_until_served(url, "street v2", folder="f", within=0.3)
+        assert wait.seconds is None
+        assert wait.silence is not None
+        assert "does not answer, asked for 0 s (its workers are busy, or hang)" in wait.silence
+        assert "whether it serves street v2 is not known" in wait.silence
+
+    def test_one_without_metrics(self, served: tuple[Served, str]) -> None:
+        told, url = served
+        told.say("street v2")
+        told.status = 404
+        silence = wait_until_served(url, "street v2", folder="f").silence
+        assert silence is not None
+        assert "does not say what it serves" in silence
+        assert "status 404" in silence
 
     def test_no_address(self) -> None:
         with pytest.raises(ConfigError, match="no address of a function"):
@@ -271,6 +359,48 @@ class TestServed:
         done = do_promote(versions, 3, volume, url=url)
         assert done.seconds is not None
         assert state(versions, volume) == (3, [1], "street-v3", False)
+
+    def test_what_is_the_champion_already_stays_it(
+        self, versions: Versions, volume: Path, served: tuple[Served, str]
+    ) -> None:
+        told, url = served
+        do_promote(versions, 1, volume)
+        do_promote(versions, 2, volume)
+        told.say("street v1")
+        with pytest.raises(DeployError, match="Nothing was taken back: street v2 stays the champion"):
+            do_promote(versions, 2, volume, url=url, within=0.2)
+        assert state(versions, volume) == (2, [1], "street-v2", False)
+
+    def test_alias_and_pointer_are_taken_back_together(
+        self, versions: Versions, volume: Path, served: tuple[Served, str]
+    ) -> None:
+        """Even where the volume pointed at nothing before, as after a first promotion without it."""
+        told, url = served
+        told.say("street v1")
+        versions.set_champion(1)
+        with pytest.raises(DeployError, match="street v1 is the champion again"):
+            do_promote(versions, 2, volume, url=url, within=0.2)
+        assert state(versions, volume) == (1, [], "street-v1", False)
+
+    @pytest.mark.parametrize("steps", [None, 3, 4, 6])
+    def test_a_rollback_that_the_function_does_not_take(
+        self, versions: Versions, volume: Path, served: tuple[Served, str], steps: int | None,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """It is taken back as a whole, also what one that was killed had done; then another one can be tried."""
+        told, url = served
+        for version in (1, 2, 3):
+            do_promote(versions, version, volume)
+        if steps is not None:
+            action = lambda: do_roll_back(versions, volume)  # noqa: E731
+            assert TestInterrupted().run(versions, action, monkeypatch, steps)
+            assert (volume / ROLLBACK).exists() == (steps > 3)
+        told.say("street v3")
+        with pytest.raises(DeployError, match=r"not street v2.* street v3 is the champion again"):
+            do_roll_back(versions, volume, url=url, within=0.2)
+        assert state(versions, volume) == (3, [1, 2], "street-v3", False)
+        do_roll_back(versions, volume)
+        assert state(versions, volume) == (2, [1], "street-v2", False)
 
     def test_a_function_that_does_not_run(self, versions: Versions, volume: Path) -> None:
         done = do_promote(versions, 1, volume, url="http://127.0.0.1:9")

@@ -301,11 +301,62 @@ def test_damage_costs_one_job(make_bench: Callable[[int], Bench], caplog: pytest
     kept = sorted((bench.folder / "store").rglob("*.json.gz"))
     kept[0].write_bytes(b"nothing")
     next((bench.folder / "store").rglob(f"job-{bench.jobs[1]}.json")).write_text("{")
-    assert [record.frame for record in bench.measure()] == [2]
+    assert [(record.frame, record.unknown) for record in bench.measure()] == [
+        (0, effort.FAILED),
+        (1, effort.FAILED),
+        (2, ""),
+    ]
     assert [f"job {bench.jobs[number]} " in caplog.text for number in range(3)] == [True, True, False]
     kept[0].unlink()
     (record,) = (record for record in bench.measure() if record.frame == 0)
     assert (record.model, record.unknown) == (TITLE, effort.NO_BUNDLE)
+
+
+def test_what_a_network_runs_into_costs_one_job_for_a_time(
+    make_bench: Callable[[int], Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(2)
+    for frame in range(2):
+        bench.prelabel(frame, STREET)
+    bench.complete()
+    bench.fetch()
+    for path in (bench.folder / "store").rglob("0-*.json.gz"):
+        path.unlink()  # it has to be drawn again
+
+    def look_up(title: str) -> ModelBundle:
+        raise ValueError(title)
+
+    with bench.connect() as server:
+        records = measure_effort(server, bench.folder / "store", bench.dataset, bundle_of=look_up, quiet=True)
+    assert {record.frame: record.unknown for record in records} == {0: effort.NO_BUNDLE, 1: ""}
+    (bench.dataset / FILE).unlink()
+
+    def run_out(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(effort, "Detector", run_out)
+        patch.setattr(bench, "bundles", {TITLE: object()})
+        found = {record.frame: (record.model, record.unknown) for record in bench.measure()}
+    assert found == {0: (TITLE, effort.FAILED), 1: (TITLE, "")}
+    assert {record.frame: record.unknown for record in bench.measure()} == {0: effort.NO_BUNDLE, 1: ""}
+
+
+def test_a_frame_that_was_deleted_whole_is_counted(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(3)
+    for frame in range(2):
+        bench.prelabel(frame, STREET)
+    bench.delete(0, [shape["id"] for shape in bench.cvat.shapes(bench.jobs[0])])
+    bench.complete()  # 2 has never had a shape
+    rule = Rule(schema=LabelSchema.default(), unknown="error")
+    with bench.connect() as server:
+        selection = Selection(projects=(bench.project,))
+        fetch(server, bench.dataset, selection=selection, rule=rule, plan=SplitPlan(), quiet=True)
+    found = {record.frame: (record.model, record.unknown) for record in bench.measure()}
+    assert found == {0: (TITLE, effort.DELETED_WHOLE), 1: (TITLE, "")}
+    before = (bench.dataset / FILE).read_bytes()
+    assert len(bench.measure()) == 2
+    assert (bench.dataset / FILE).read_bytes() == before
 
 
 class Button(Bench):
@@ -357,7 +408,7 @@ def test_frames_of_the_button(
         bitmap[y1:y2, x1:x2] = covered
         bitmap[y1] = False
         bench.cvat.edit_shape(first["id"], points=mask(0, 0, bitmap)["points"])
-        bench.delete(0, numbers[-1:])
+        bench.delete(0, numbers[1:2])  # not the smallest: that one might have been left out
         bench.press(1, detector, kind="polygon")
         bench.press(2, detector, threshold=0.6)
         bench.press(3, detector)

@@ -3,12 +3,15 @@
 import json
 import math
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from sscloud.errors import DatasetError
 from sscloud.labels import LabelSchema
+from training import effort_records
 from training.effort import read_effort, summarise_effort, write_effort_page
 from training.effort_records import FILE, FrameEffort, add_effort
 from training.effort_summary import class_table, effort_table, label_table
@@ -80,11 +83,14 @@ def test_pixels_where_neither_drew_do_not_count_and_nothing_drawn_is_no_effort()
     assert math.isnan(row.miou)
 
 
-def test_time_is_shared_by_the_frames_of_a_job() -> None:
-    records = [frame(n, job_seconds=120.0, job_frames=4) for n in range(2)] + [frame(2)]
+def test_time_is_shared_by_the_frames_of_a_job_that_are_all_one_versions() -> None:
+    records = [frame(n, job_seconds=120.0, job_frames=4) for n in range(4)] + [frame(4, job=2)]
     (row,) = summarise_effort(records).models
-    assert (row.seconds, row.timed) == (30.0, 2)
-    assert summarise_effort([frame(0)]).models[0].seconds is None
+    assert (row.seconds, row.timed) == (30.0, 4)
+    # One was drawn by hand, or pre-labelled by another version, or by nobody knows which.
+    others = [frame(3, job_seconds=120.0, job_frames=4, model=model, unknown="why") for model in ("street v4", "")]
+    for rest in ([], *([other] for other in others)):
+        assert summarise_effort(records[:3] + rest).models[0].seconds is None
 
 
 def test_unknown_frames_are_counted() -> None:
@@ -130,8 +136,9 @@ def test_few_frames_have_no_interval() -> None:
     records = [frame(0, pixels=changed(40)), frame(1, model="street v4", pixels=changed(20))]
     summary = summarise_effort(records)
     assert summary.change is not None
-    assert (summary.change.limits, summary.change.standing) == (None, "fell")
-    assert "too few for an interval" in summary.verdict
+    assert (summary.change.limits, summary.change.standing) == (None, "too few")
+    assert "Too few to say whether effort fell, from street v3 (1 frame) to street v4 (1 frame)" in summary.verdict
+    assert not summary.warning
     alone = summarise_effort(records[:1])
     assert "no other version to compare with" in alone.verdict
     assert not alone.warning
@@ -148,6 +155,27 @@ def test_the_file_keeps_records_and_replaces_equal_states(tmp_path: Path) -> Non
     before = (tmp_path / FILE).read_bytes()
     add_effort(tmp_path, [])
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_two_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(dataset: Path) -> list[FrameEffort]:
+        records = read_effort(dataset)
+        time.sleep(0.05)
+        return records
+
+    monkeypatch.setattr(effort_records, "read_effort", read)
+    threads = [threading.Thread(target=add_effort, args=(tmp_path, [frame(number)])) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(record.frame for record in read_effort(tmp_path)) == [0, 1]
+
+
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match=r"effort\.jsonl cannot be written"):
+        add_effort(tmp_path / "file", [frame(0)])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +200,11 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, change: dict[str, o
 
 
 def test_tables_and_the_page(tmp_path: Path) -> None:
-    records = [frame(0), frame(1, model="<b>street</b> v4", snapshot="s2", job_seconds=90.0), frame(2, unknown="<why>")]
+    records = [
+        frame(0),
+        frame(1, model="<b>street</b> v4", snapshot="s2", job=2, job_seconds=90.0),
+        frame(2, unknown="<why>"),
+    ]
     summary = summarise_effort(records)
     table = effort_table(summary.models, title="By version").splitlines()
     assert len({len(line) for line in table}) == 1

@@ -24,6 +24,7 @@ from training.dataset import DatasetFolder, digest, open_dataset
 from training.evaluate import evaluate
 from training.gate import ClassChange, Decision, GateRules, decide
 from training.manifest import DatasetWriter
+from training.registry import ModelVersion
 from training.splits import SplitPlan
 
 SCHEMA = LabelSchema.default()
@@ -45,9 +46,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def test(scenes: Path) -> DatasetFolder:
-    """Four of them."""
+    """Five of them: as few as the gate takes."""
     whole = open_dataset(scenes)
-    return replace(whole, items=whole.items[:4])
+    return replace(whole, items=whole.items[:5])
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ class TestVerdicts:
         assert decision.refusals == ()
         assert "Overall it is not worse: mIoU of the 4 judged classes" in decision.reasons[0]
         assert "No class falls by more than its floor: none falls at all." in decision.reasons
-        assert "It has learned from none of the 4 test panoramas." in decision.reasons
+        assert "It has learned from none of the 5 test panoramas." in decision.reasons
 
     def test_a_better_one_is_accepted(self, test: DatasetFolder, bundle: MakeBundle) -> None:
         decision = decide(bundle(3, biased(WALL, -50)), bundle(4), test, device="cpu")
@@ -195,7 +196,7 @@ class TestNumbers:
         rng = np.random.default_rng(0)
         differences = []
         for _ in range(1000):
-            times = rng.multinomial(4, [1 / 4] * 4)
+            times = rng.multinomial(5, [1 / 5] * 5)
             mious = []
             for side in (comparison.a, comparison.b):
                 total = np.zeros((6, 6))
@@ -351,10 +352,10 @@ class TestLabels:
 
     @staticmethod
     def with_water(scenes: Path, root: Path) -> DatasetFolder:
-        """Four of the scenes, with a stripe of water in the ground."""
+        """Five of the scenes, with a stripe of water in the ground."""
         (root / "masks").mkdir(parents=True)
         (root / "imgs").mkdir()
-        for number in range(1, 5):
+        for number in range(1, 6):
             name = f"{number}_normals.png"
             (root / "imgs" / name).write_bytes((scenes / "imgs" / name).read_bytes())
             mask = np.array(Image.open(scenes / "masks" / name))
@@ -373,7 +374,7 @@ class TestTheTestPart:
 
         assert not decision.accepted
         assert decision.refusals == (
-            "It has learned from 1 of the 4 test panoramas (1_normals), so its scores on them say nothing. Train it "
+            "It has learned from 1 of the 5 test panoramas (1_normals), so its scores on them say nothing. Train it "
             "without them: on a data set with frozen splits.",
         )
 
@@ -384,7 +385,7 @@ class TestTheTestPart:
 
         assert decision.accepted
         assert (
-            "The champion has learned from 4 of the 4 test panoramas (1_normals, 2_normals, 3_normals, …): the "
+            "The champion has learned from 5 of the 5 test panoramas (1_normals, 2_normals, 3_normals, …): the "
             "comparison favours it."
         ) in decision.warnings
 
@@ -393,15 +394,57 @@ class TestTheTestPart:
 
         assert not decision.accepted
         assert decision.bound is None
-        assert "all 4 test panoramas are of one group: whether that is chance cannot be told" in decision.refusals[0]
+        assert "The 5 test panoramas are of one group, and the gate asks for 5: with fewer" in decision.refusals[0]
+
+    def test_of_too_few_groups_decides_nothing(self, test: DatasetFolder, bundle: MakeBundle) -> None:
+        """However much better the challenger is; unless somebody takes the risk, or there is nobody to lose."""
+        three = replace(test, items=test.items[:3])
+        champion, challenger = bundle(3, biased(WALL, -50)), bundle(4)
+
+        strict = decide(champion, challenger, three, device="cpu")
+        lenient = decide(champion, challenger, three, rules=GateRules(min_groups=3), device="cpu")
+
+        assert strict.bound is not None
+        assert strict.bound > 0
+        (refusal,) = strict.refusals
+        assert "but that decides nothing. The 3 test panoramas are of only 3 groups, and the gate asks for 5" in refusal
+        assert "min_groups" in refusal
+        assert lenient.accepted
+        assert decide(None, challenger, three, device="cpu").accepted
+        assert gate.too_few_groups(three, GateRules()) is not None
+        assert gate.too_few_groups(three, GateRules(min_groups=3)) is None
 
     def test_of_few_groups_is_said(self, test: DatasetFolder, scenes: Path, bundle: MakeBundle) -> None:
         few = decide(bundle(3), bundle(4), test, device="cpu")
         many = decide(bundle(5), bundle(6), open_dataset(scenes), device="cpu")
 
-        text = "There are only 4 groups of test panoramas: with fewer than 10 the confidence is overstated."
+        text = "There are only 5 groups of test panoramas: with fewer than 10 the confidence is overstated."
         assert text in few.warnings
         assert "groups of test panoramas" not in show(many)
+
+    def test_small_losses_do_not_add_up_unseen(self, test: DatasetFolder, bundle: MakeBundle) -> None:
+        def earlier(version: int, miou: float, snapshot: str) -> ModelVersion:
+            return ModelVersion(
+                name="Улица", version=version, created="", parent=None, snapshot=None, code_version="",
+                weights_sha256="", metrics={"miou": miou}, test_snapshot=snapshot, config={}, decision="accepted",
+                reasons=(), run=None, aliases=frozenset(),
+            )  # fmt: skip
+
+        champion, challenger, here = bundle(5), bundle(6), gate.test_snapshot(test)
+        now = decide(champion, challenger, test, device="cpu").metrics["miou"]
+        versions = [
+            earlier(1, now + 0.5, "elsewhere"), earlier(2, now + 0.02, here), earlier(3, now + 0.03, here),
+            earlier(4, math.nan, here),
+        ]  # fmt: skip
+
+        decision = decide(champion, challenger, test, device="cpu", earlier=versions)
+        kept = decide(champion, challenger, test, device="cpu", earlier=versions, rules=GateRules(margin=0.05))
+
+        assert decision.accepted
+        assert decision.warnings[-1].startswith(
+            f"An earlier champion, Улица v3, was better on these panoramas: mIoU {now + 0.03:.3f}"
+        )
+        assert "An earlier champion" not in show(kept)
 
     def test_has_an_identity(self, test: DatasetFolder, tmp_path: Path) -> None:
         before = gate.test_snapshot(test)
@@ -440,6 +483,7 @@ class TestRules:
             ({"floor": math.nan}, "The gate's floor must lie between 0 and 1, found nan"),
             ({"floors": {"Земля": 5}}, "The gate's Земля must lie between 0 and 1, found 5"),
             ({"level": 1.0}, "The gate's level must be at least 0.5 and below 1"),
+            ({"min_groups": 1}, "The gate's min_groups must be 2 or above, found 1"),
         ],
     )
     def test_are_checked(self, rule: dict[str, Any], message: str) -> None:

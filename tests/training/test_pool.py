@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from training.acquisition import Choice, PoolFrame
 from training.cvat import Account, Server, Task
 from training.detector import Detector
 from training.handout import Handout, hand_out
-from training.pool import find_marks, folder_pool, mark_text, server_pool
+from training.manifest import Manifest, ManifestItem
+from training.pool import find_marks, folder_pool, known_frames, mark_text, server_pool
 from training.prelabel import Report, Selection, prelabel
 from training.prelabel_store import FrameRecord, PrelabelStore, ServerRun
+from training.splits import Split
 
 LABELS = [{"name": label.name, "type": "any"} for label in LabelSchema.default().labels]
 TRIANGLE = [1.0, 1.0, 40.0, 1.0, 40.0, 30.0]
@@ -236,6 +239,24 @@ class TestPool:
             set_state(town.client, job, state="completed")
         assert frames[0].taken == town.pool(labelled=["0" * 64])[0].taken
 
+    def test_what_is_handed_out_or_labelled_is_known(self, town: Town, tmp_path: Path) -> None:
+        handed = town.hand_out([(town.single, 0), (town.joint, 1)], way="task")
+        (tmp_path / "imgs").mkdir()
+        items = []
+        for number, split in enumerate(("train", "test", "validation", None)):
+            (tmp_path / "imgs" / f"{number}.png").write_bytes(picture(50 + number))
+            items.append(item(f"{number}", task=town.joint if number else 99, split=split))
+        # One of those that were handed out has come back, labelled.
+        items[2] = replace(items[2], image_sha256=hashlib.sha256(picture(11)).hexdigest())
+        manifest = Manifest(schema=LabelSchema.default(), items=tuple(items))
+
+        with town.connect() as server:
+            marks = find_marks(server, server.tasks(town.project))
+            known = known_frames(server, marks, manifest, tmp_path / "imgs", most=3, tasks={town.joint})
+            assert [frame.task for frame in known] == [handed.task, None, None]
+            assert known[0].read() == picture(0)
+        assert {frame.name for frame in known[1:]} == {"2.png", "3.png"}  # of the pool's tasks, and not the test's
+
     def test_a_folder(self, tmp_path: Path) -> None:
         for name in ("b.png", "a.png"):
             (tmp_path / name).write_bytes(picture(1))
@@ -246,6 +267,24 @@ class TestPool:
         ]
         assert frames[0].read() == picture(1)
         assert frames[0].taken == {"x"}
+
+
+def item(name: str, *, task: int, split: Split | None) -> ManifestItem:
+    return ManifestItem(
+        name=name,
+        image=f"{name}.png",
+        mask=f"{name}.png",
+        size_hw=(64, 128),
+        image_sha256=name.rjust(64, "0"),
+        mask_sha256=name.rjust(64, "0"),
+        pixels={2: 64 * 128},
+        people_pixels=64 * 128,
+        auto_pixels=0,
+        source={"kind": "cvat", "task": task},
+        recipe="",
+        group=name,
+        split=split,
+    )
 
 
 def state_of(town: Town) -> list[Any]:

@@ -652,6 +652,28 @@ def test_killed_anywhere_and_run_again(
     assert steps == (10 if replacing else 8)
 
 
+def test_killed_and_then_corrected_it_is_the_new_pre_label_that_was_corrected(
+    faulty: Bench, cvat_server: CvatStandin, coarse: Detector, next_detector: Detector
+) -> None:
+    """After the old shapes were deleted, before this was written down."""
+    selection = Selection(jobs=(faulty.second,))
+    options: dict[str, Any] = {"selection": selection, "detector": next_detector, "replace_auto": True}
+    faulty.run(selection=selection, detector=coarse)
+    with pytest.raises(Killed):
+        faulty.run(kill_after=7, **options)
+    (first, *_) = faulty.in_frame(2)
+    cvat_server.edit_shape(first["id"], type="polygon", points=TRIANGLE)
+    before = faulty.looks()
+    assert faulty.run(**options).people == 1
+    assert faulty.looks() == before
+    store = PrelabelStore(faulty.store, server=faulty.site.url)
+    record = store.load(faulty.second).of(2)
+    assert (record.drawn.model, record.next) == (next_detector.manifest.title, None)
+    kept = store.kept(faulty.second, 2, record.drawn)
+    assert kept is not None
+    assert len(kept.shapes) == len(faulty.in_frame(2))
+
+
 def test_damaged_shapes_are_said(tmp_path: Path) -> None:
     shape = {**polygon(3, 0, TRIANGLE), "attributes": [{"spec_id": 1, "value": "Улица v3"}]}
     drawn = Drawn(model="Улица v3", settings="", shapes=(identity(shape),))

@@ -458,6 +458,33 @@ def test_another_threshold_or_version_draws_anew_when_asked(bench: Bench) -> Non
     assert bench.run(selection=selection, threshold=0.25, replace_auto=True).drawn == 1
 
 
+def test_what_was_drawn_is_known_by_what_the_shapes_name(bench: Bench) -> None:
+    """CVAT's list may be older than the version that is served."""
+    served = Model(version=4)
+
+    def list_as(version: int) -> None:
+        bench.cvat.add_function(
+            Function(id="unet", name=f"Улица v{version}", version=version, labels=SPEC, handler=served)
+        )
+
+    second = Selection(jobs=(bench.second,))
+    bench.run(selection=second)  # by v3, as the list says
+    list_as(3)
+    report = bench.run(replace_auto=True)
+    assert (report.model, report.drawn, report.already) == ("Улица v4", 3, 0)  # what the first job has shown
+    store = PrelabelStore(bench.store, server=bench.cvat.url)
+    drawn = [entry.drawn for job in bench.jobs for entry in store.load(job).frames.values()]
+    assert {each.model for each in drawn} == {"Улица v4"}
+    for version in (3, 4):  # as before, and when the list has caught up
+        list_as(version)
+        report = bench.run(replace_auto=True)
+        assert (report.drawn, report.already) == (0, 3)
+    assert bench.run(selection=second, threshold=0.25, replace_auto=True).drawn == 1
+    served.version = 5
+    list_as(5)
+    assert bench.run(replace_auto=True).drawn == 3
+
+
 def test_a_run_that_the_server_has_forgotten_is_said(bench: Bench) -> None:
     """Its shapes count as people's work."""
     selection = Selection(jobs=(bench.second,))

@@ -79,3 +79,11 @@ def test_what_was_not_watched() -> None:
 def test_what_was_deleted_is_remembered() -> None:
     witness = _witness(FIRST, FIRST[:2])
     assert set(witness.gone()) == {100}
+
+
+def test_the_version_is_the_one_that_all_shapes_name() -> None:
+    other = {"attributes": [{"spec_id": MODEL, "value": "Улица v4"}]}
+    assert _witness(FIRST, SECOND).title == "Улица v3"
+    assert _witness(FIRST, [*FIRST, _shape(20, 101, **other)]).title == ""
+    assert _witness([_shape(10, 0, attributes=[])]).title == ""
+    assert _witness().title == ""

@@ -21,6 +21,7 @@ from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
 from training import registry as module
 from training.config import RunFacts, TrainConfig, write_config
+from training.export import export_bundle
 from training.registry import (
     CHAMPION,
     Approval,
@@ -30,6 +31,7 @@ from training.registry import (
     objection,
     open_registry,
     registered_names,
+    without_login,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
@@ -95,6 +97,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 def add(registry: Registry, run: Path, **facts: Any) -> ModelVersion:
     values: dict[str, Any] = {"metrics": METRICS, "test_snapshot": "t1", "decision": "accepted", "reasons": ["Good."]}
+    values["against"] = None
     return registry.register(run, **{**values, **facts})
 
 
@@ -154,12 +157,33 @@ class TestRegister:
         before = files(registry.bundle(1).path)
         registry.set_champion(1)
 
-        second = add(registry, make_run(2), decision="refused", reasons=["Worse.", "Much."])
+        second = add(registry, make_run(2), decision="refused", reasons=["Worse.", "Much."], against="Улица v1")
 
         assert (second.version, second.against, second.decision) == (2, "Улица v1", "refused")
         assert second.reasons == ("Worse.", "Much.")
         assert replace(registry.get(1), aliases=frozenset()) == first
         assert files(registry.bundle(1).path) == before
+
+    def test_a_champion_that_the_gate_never_saw(self, registry: Registry, make_run: MakeRun) -> None:
+        """It was promoted between the gate and the registration: what was accepted was so without it."""
+        add(registry, make_run(1))
+        registry.set_champion(1)
+
+        second = add(registry, make_run(2), decision="accepted", against=None)
+
+        assert second.against is None
+        assert "the gate compared it with another champion (none" in str(objection(second, registry.champion()))
+
+    def test_another_number_than_the_gate_named(self, registry: Registry, make_run: MakeRun) -> None:
+        run = make_run()
+        export_bundle(run, run / "bundle", name=NAME, version=1)
+        assert add(registry, make_run(1)).version == 1
+
+        version = add(registry, run)
+
+        assert (version.version, version.reasons[0]) == (2, "Good.")
+        assert version.reasons[1:] == ("Before it had its number, it was called Улица v1: its reports say so.",)
+        assert add(registry, run) == version
 
     def test_a_run_that_trained_on_is_another_version(
         self, registry: Registry, make_run: MakeRun, make_unet: Callable[..., UNet]
@@ -359,6 +383,21 @@ class TestChampions:
             three.set_champion(version)
         assert three._history(but=None) == [2, 3]
 
+    def test_the_way_back_is_open_whatever_was_spoilt(self, three: Registry) -> None:
+        for version in (1, 2, 3):
+            three.set_champion(version)
+        for version in ("2", "3"):
+            client(three).set_model_version_tag(NAME, version, "sscloud.metrics", "{")
+        champion = three.champion()
+        assert champion is not None
+        assert (champion.title, champion.aliases) == ("Улица v3", {CHAMPION})
+        assert "its tags were changed" in (champion.problem or "")
+        assert list(map(number, three.former_champions())) == [1]
+        assert tuple(map(number, three.roll_back())) == (3, 1)
+        assert three._history(but=None) == []
+        with pytest.raises(RegistryError, match=r"says of Улица v2 cannot be used"):
+            three.set_champion(2)
+
     def test_a_spoilt_history(self, three: Registry) -> None:
         for text in ("[1, true]", "{}", "[0]", "nothing"):
             client(three).set_registered_model_tag(NAME, "sscloud.champions", text)
@@ -404,7 +443,9 @@ class TestObjection:
 
     def test_an_approval_holds_for_the_present_champion(self, three: Registry) -> None:
         three.set_champion(1)
-        three.approve(2, reasons=["Seen\x1b[2J by a person."], forced=True)
+        with pytest.raises(RegistryError, match=r"in place of Улица v3, but meanwhile Улица v1 is the champion"):
+            three.approve(2, against="Улица v3", reasons=[], forced=False)
+        three.approve(2, against="Улица v1", reasons=["Seen\x1b[2J by a person."], forced=True)
         (approval,) = three.get(2).approvals
         assert (approval.against, approval.forced) == ("Улица v1", True)
         assert approval.reasons == ("Seen\N{REPLACEMENT CHARACTER}[2J by a person.",)
@@ -481,9 +522,10 @@ class TestTakenOut:
             before = mlflow.get_model_version(NAME, "2").tags.get(f"sscloud.{tag}", "[]")
             mlflow.set_model_version_tag(NAME, "2", f"sscloud.{tag}", text)
             with pytest.raises(RegistryError, match=r"says of Улица v2 cannot be used .* its tags were changed"):
-                three.versions()
+                three.bundle(2)
+            assert [version.problem is None for version in three.versions()] == [True, False, True]
             mlflow.set_model_version_tag(NAME, "2", f"sscloud.{tag}", before)
-        assert len(three.versions()) == 3
+        assert three.get(2).problem is None
 
 
 class TestStores:
@@ -525,6 +567,22 @@ class TestStores:
         ) as caught:
             registry.versions()
         assert "geheim" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("https://user:p@ss@host/x", "https://host/x"),
+            ("postgresql://user:a/b:c@d@host/x", "postgresql://host/x"),
+            (
+                "GET http://token@host:5000/a and http://host/b failed",
+                "GET http://host:5000/a and http://host/b failed",
+            ),
+            ("https://host/Users/anna@example.org", "https://host/Users/anna@example.org"),
+            ("sqlite:////home/a@b/runs/mlflow.db", "sqlite:////home/a@b/runs/mlflow.db"),
+        ],
+    )
+    def test_logins_are_hidden(self, text: str, shown: str) -> None:
+        assert without_login(text) == shown
 
     def test_a_file_that_is_no_store(self, tmp_path: Path) -> None:
         (tmp_path / "runs").mkdir()

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import MLFlowLogger
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from sscloud.architecture import Architecture
 from sscloud.bundle import ModelBundle
 from sscloud.checkpoint import load_model
-from sscloud.errors import BundleError, ConfigError, DatasetError, TrainingError
+from sscloud.errors import BundleError, ConfigError, DatasetError, RegistryError, TrainingError
 from sscloud.frame import Azimuth
 from sscloud.image import read_image
 from sscloud.inference import Predictor
@@ -39,7 +41,7 @@ from training.metrics import Scores, confusion_matrix, score
 from training.module import SegmentationModule
 from training.sample.generate import generate
 from training.splits import SplitPlan
-from training.train import planned, train
+from training.train import _tracked, planned, train
 
 pytestmark = pytest.mark.usefixtures("quick_mlflow_stores")
 
@@ -168,6 +170,37 @@ def test_metrics_reach_the_mlflow_store(make_dataset: MakeDataset, tmp_path: Pat
     history = [metric.value for metric in client.get_metric_history(run_id, "miou")]
     assert history == [float(row["miou"]) for row in table(run)]
     assert {"train_loss", "val_loss"} <= set(stored.data.metrics)
+
+
+def test_a_store_that_fails_is_named_without_its_login(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, run = make_dataset(2), tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = f"http://anna:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(RegistryError, match=r"The store http://127\.0\.0\.1:\d+ does not do") as first:
+        fit(data, run, place={"tracking_uri": away})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MlflowException(f"{away} is full")
+
+    monkeypatch.setattr(MLFlowLogger, "log_metrics", fail)
+    with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:\d+ is full") as later:
+        fit(data, run, place={"resume": True}, epochs=1)
+
+    (tmp_path / "record").write_text("0" * 32)
+    with pytest.raises(MlflowException):  # no answer is not "unknown": the record would be made a second time
+        _tracked(tmp_path / "record", away)
+    monkeypatch.setattr("training.train.MlflowClient", lambda uri: MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}"))
+    assert _tracked(tmp_path / "record", away) is None
+    assert "does not know the run" in caplog.text
+    assert "secret" not in f"{first.value} {later.value} {caplog.text}"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def test_training_improves_the_loss(make_dataset: MakeDataset, tmp_path: Path) -> None:

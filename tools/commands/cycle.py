@@ -21,13 +21,14 @@ and writes cycles/NNNN/report.html. A model that the gate refuses changes nothin
 
 Everything happens in the workspace: dataset/, runs/, served/, prelabels/ and cycles/. Each step is written down in
 cycles/NNNN/journal.json. Stop it, or kill it, whenever you like, and start it again: it goes on with the step that is
-not over. A step that fails leaves the champion serving; the next start tries it again. Two at once refuse each other.
+not over. A step that fails leaves the champion serving; the next start tries it again, and settings of steps that are
+still to come may be changed for it. Two at once refuse each other.
 
 Settings are in cycle.yaml of the workspace; flags win:
 
   project: 7
   name: street
-  min_new: 10                        # new or corrected panoramas that are worth a training
+  min_new: 10                        # new or corrected panoramas to learn from that are worth a training
   max_hours: 6                       # of training
   train: {{scale: 0.1, epochs: 50, amp: true}}
   finetune: {{epochs: 15, replay: 0.3}} # on top of train, where training goes on from the champion
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=suppress,
         metavar="N",
-        help="new or corrected panoramas without which there is nothing to do (default: 5; 0: train anyway)",
+        help="new or corrected panoramas to learn from that are worth a training (default: 5; 0: train anyway)",
     )
     settings.add_argument(
         "--max-hours", type=float, default=suppress, metavar="H", help="of training, to the end of an epoch"

@@ -9,12 +9,16 @@ HELP = "say what pre-labels have saved: what people had to change in them"
 DESCRIPTION = """\
 Lays every pre-label beside what people made of it, and says by version of the model, by label and by fetch how much of
 it they accepted, added, removed and re-labelled, how many shapes they touched, and how long they had it open where
-CVAT's analytics know; then whether the newest version leaves people less to do than the one before.
+CVAT's analytics know and all frames of a job are one version's; then whether the newest version leaves people less to
+do than the one before.
 
 The effort is the share of changed pixels among those that the model or people have drawn: 0 % where a pre-label was
 taken as it was, 100 % where nothing of it was of use. `sscloud fetch` and `sscloud cycle` measure it, of the frames of
 completed jobs, and keep it in DATASET/effort.jsonl; this command reads it. Of a frame that was corrected again the last
-measurement counts."""
+measurement counts.
+
+The worst pre-labels may be missing, so it may have been more: frames in which all shapes were deleted count as not
+known; and pre-labels of the button are not seen at all if all their shapes were deleted, or deleted and drawn anew."""
 EXAMPLES = """\
   sscloud effort                                # of the data set in ./dataset
   sscloud effort --dataset data -o effort.html  # also as a page with curves

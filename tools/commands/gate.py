@@ -12,14 +12,14 @@ Measure the champion (the model in use) and a challenger on the frozen test pano
 the challenger may take its place. It may if all of this holds:
 
   overall it is not worse: with 95 % confidence (a paired bootstrap over groups of panoramas) its mIoU is lower by
-  less than --margin; no class loses more IoU than its floor; it has learned from none of the test panoramas; its
-  weights and its answers are numbers.
+  less than --margin, and the panoramas are of --min-groups groups or more, for that to mean anything; no class loses
+  more IoU than its floor; it has learned from none of the test panoramas; its weights and its answers are numbers.
 
 Classes that only one of the two knows are shown, and not judged. A first model, with - as the champion, has to beat the
 most frequent class everywhere. Nothing is changed anywhere; --output writes the decision as a page, gate.html, and as
 gate.json.
 
-Exit status: 0 accepted; 1 refused; 2 an error."""
+Exit status: 0 accepted; 1 refused; 2 an error that a message explains; 70 a defect of the program."""
 EXAMPLES = """\
   sscloud gate bundles/street-v3 runs/street-4/bundle dataset -o decision
   sscloud gate bundles/street-v3 runs/street-4/bundle dataset --margin 0.02 --class-floor Конструкции=0.1
@@ -52,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--level", type=float, default=0.95, metavar="X", help="confidence of the bound (default: 0.95)"
     )
     parser.add_argument(
+        "--min-groups",
+        type=int,
+        default=5,
+        metavar="N",
+        help="groups of test panoramas without which nothing is accepted in a champion's place (default: 5, with fewer "
+        "of which the bound does not mean 95 percent)",
+    )
+    parser.add_argument(
         "--group-by",
         metavar="RULE",
         help="panoramas that are resampled together: image, task, job, or a regular expression that finds the site in "
@@ -71,7 +79,13 @@ def run(args: argparse.Namespace) -> int:
     from sscloud.files import atomic_folder, atomic_write
     from training.gate import PAGE, GateRules, decide, test_part, write_gate_page
 
-    rules = GateRules(margin=args.margin, level=args.level, floor=args.floor, floors=dict(args.class_floor))
+    rules = GateRules(
+        margin=args.margin,
+        level=args.level,
+        floor=args.floor,
+        floors=dict(args.class_floor),
+        min_groups=args.min_groups,
+    )
     champion = None if args.champion == "-" else ModelBundle.load(Path(args.champion))
     challenger = ModelBundle.load(args.challenger)
     test = test_part(args.dataset, labels=args.labels)

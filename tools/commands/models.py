@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back = _action(actions, "rollback", "serve the previous champion again")
     for each in (promoting, back):
         _add_serving_arguments(each)
+        each.add_argument("--json", action="store_true", help="print what came of it as JSON")
     importing = _action(actions, "import", "make a bundle that was made elsewhere the next version")
     importing.add_argument("bundle", type=Path, metavar="BUNDLE", help="a model's folder")
     importing.add_argument(
@@ -153,9 +154,9 @@ def _list(args: argparse.Namespace) -> int:
     rows += [
         (
             f"v{version.version}",
-            version.created[:16].replace("T", " "),
+            version.created[:16].replace("T", " ") or "—",
             _score(version.metrics.get("miou", math.nan)),
-            version.decision or "—",
+            "damaged" if version.problem else version.decision or "—",
             str(version.learned),
             _cut(version.parent or "—"),
             ", ".join(sorted(version.aliases)),
@@ -167,19 +168,25 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from sscloud.errors import BundleError
+    from sscloud.errors import BundleError, RegistryError
 
     registry = _registry(args)
     version = registry.get(args.version)
-    path, problem = None, None
+    path: str | None = None
+    problem: BundleError | RegistryError | None = None
     try:
         path = str(registry.bundle(version.version).path)
     except BundleError as error:
         problem = error
+    except RegistryError as error:
+        if version.problem is None:  # the store, not the version
+            raise
+        problem = error
     if args.json:
         print(_json({**version.to_dict(), "bundle": path, "problem": str(problem) if problem else None}))
         return 0 if problem is None else 2
-    print(_described(version, path))
+    if version.problem is None:
+        print(_described(version, path))
     if problem is not None:
         raise problem
     return 0
@@ -269,7 +276,8 @@ def _compare(args: argparse.Namespace) -> int:
         from training.compare import compare, comparison_table, comparison_to_dict
         from training.gate import test_part
 
-        comparison = compare(bundles[0], bundles[1], test_part(args.dataset), device=args.device)
+        labels = _labels_file(args.workspace, _settings(args.workspace))
+        comparison = compare(bundles[0], bundles[1], test_part(args.dataset, labels=labels), device=args.device)
         data["comparison"] = comparison_to_dict(comparison)
         lines += [comparison_table(comparison)]
     elif is_same_test:
@@ -301,7 +309,8 @@ def _promote(args: argparse.Namespace) -> int:
     version, champion = registry.get(args.version), registry.champion()
     problem = objection(version, champion)
     if problem is not None and args.force is not None:
-        registry.approve(version.version, reasons=[args.force.strip()], forced=True)
+        against = champion.title if champion is not None else None
+        registry.approve(version.version, against=against, reasons=[args.force.strip()], forced=True)
     elif problem is not None and args.dataset is not None:
         _ask_gate(registry, version, champion, args, settings)
     elif problem is not None:
@@ -317,8 +326,9 @@ def _promote(args: argparse.Namespace) -> int:
         say=_say,
         new_labels=_allows_new_labels(args, settings),
         url=args.url,
+        expected=champion.version if champion is not None else None,
     )
-    return _report(promotion)
+    return _report(promotion, as_json=args.json)
 
 
 def _ask_gate(
@@ -335,9 +345,10 @@ def _ask_gate(
     decision = decide(
         registry.bundle(champion.version) if champion is not None else None,
         registry.bundle(version.version),
-        test_part(args.dataset),
+        test_part(args.dataset, labels=_labels_file(args.workspace, settings)),
         rules=settings.gate if settings is not None else None,
         device=args.device,
+        earlier=registry.former_champions(),
     )
     if not decision.accepted:
         raise ConfigError(
@@ -345,7 +356,7 @@ def _ask_gate(
             "--force."
         )
     _say(decision.headline)
-    registry.approve(version.version, reasons=decision.reasons, forced=False)
+    registry.approve(version.version, against=decision.champion, reasons=decision.reasons, forced=False)
 
 
 def _roll_back(args: argparse.Namespace) -> int:
@@ -360,7 +371,7 @@ def _roll_back(args: argparse.Namespace) -> int:
         new_labels=_allows_new_labels(args, settings),
         url=args.url,
     )
-    return _report(promotion)
+    return _report(promotion, as_json=args.json)
 
 
 def _settings(workspace: Path) -> "CycleConfig | None":
@@ -373,6 +384,11 @@ def _settings(workspace: Path) -> "CycleConfig | None":
     settings = read_settings(path)
     # A project is a matter of the cycle: there it may come by a flag.
     return CycleConfig.from_dict({"project": 0, **settings}, source=str(path)) if settings else None
+
+
+def _labels_file(workspace: Path, settings: "CycleConfig | None") -> Path | None:
+    """The label schema that the cycle measures by; None: the data set's own."""
+    return workspace / settings.labels if settings is not None and settings.labels is not None else None
 
 
 def _function(args: argparse.Namespace, settings: "CycleConfig | None") -> "FunctionUpdate | None":
@@ -399,12 +415,23 @@ def _allows_new_labels(args: argparse.Namespace, settings: "CycleConfig | None")
     return bool(args.new_labels) or (settings is not None and settings.new_labels)
 
 
-def _report(promotion: "Promotion") -> int:
+def _report(promotion: "Promotion", *, as_json: bool) -> int:
     for note in promotion.notes:
         _say(note)
     before = promotion.previous
+    if as_json:
+        data = {
+            "champion": promotion.champion.title,
+            "previous": before.title if before is not None else None,
+            "folder": promotion.folder,
+            "seconds": promotion.seconds,
+            "notes": list(promotion.notes),
+        }
+        print(_json(data))
+        return 0
     instead = f" in place of {before.title}" if before and before.version != promotion.champion.version else ""
-    took = f"; every worker had it after {promotion.seconds:.1f} s" if promotion.seconds is not None else ""
+    seconds = promotion.seconds
+    took = f"; all workers that answered had it after {seconds:.1f} s" if seconds is not None else ""
     print(f"{promotion.champion.title} is served{instead}{took}.")
     return 0
 
@@ -418,13 +445,18 @@ def _import(args: argparse.Namespace) -> int:
     known = registered_names(store_uri(args.workspace))
     registry = _registry(args, name=None if known else bundle.manifest.name)
     metrics: Mapping[str, float] = {}
-    snapshot = None
+    snapshot, doubts = None, []
     if args.dataset is not None:
         from training.gate import decide, test_part
 
-        decision = decide(None, bundle, test_part(args.dataset), device=args.device)
+        labels = _labels_file(args.workspace, _settings(args.workspace))
+        decision = decide(None, bundle, test_part(args.dataset, labels=labels), device=args.device)
         metrics, snapshot = decision.metrics, decision.test_snapshot
-    version = registry.import_bundle(bundle, metrics=metrics, test_snapshot=snapshot)
+        # What speaks for it is no news: nobody was there to be compared with.
+        doubts = [reason for reason in decision.reasons if reason in (*decision.refusals, *decision.warnings)]
+        for doubt in doubts:
+            _say(doubt)
+    version = registry.import_bundle(bundle, metrics=metrics, test_snapshot=snapshot, reasons=doubts)
     print(f"{args.bundle} is {version.title}. Next: sscloud models promote {version.version}")
     return 0
 

@@ -93,8 +93,10 @@ class Round:
             else {"challenger": self.challenger, "accepted": self.accepted, "reasons": list(self.reasons)},
             "miou": number(self.metrics.get("miou", math.nan)),
             "iou": {name[4:]: number(value) for name, value in self.metrics.items() if name.startswith("iou/")},
-            "effort": _effort_json(self.effort, self.seconds),
-            "same_panoramas": _effort_json(self.same, self.same_seconds),
+            "effort": _effort(self.effort),
+            "corrections": _corrections(self.effort, self.seconds),
+            "effort_on_test": _effort(self.same),
+            "corrections_on_test": _corrections(self.same, self.same_seconds),
             "agreement": number(self.agreement),
             "took_seconds": round(self.took, 1),
         }
@@ -129,7 +131,8 @@ class Simulation:
         """As JSON types."""
         plan = self.config.scenes
         return {
-            "rounds": [each.to_dict() for each in self.rounds],
+            "by_hand": [each.to_dict() for each in self.rounds if each.number == 0],
+            "rounds": [each.to_dict() for each in self.rounds if each.number > 0],
             "seed": plan.seed,
             "panoramas": {
                 "test": plan.test_sites,
@@ -207,13 +210,17 @@ def _text(value: float, form: str) -> str:
     return "—" if math.isnan(value) else format(value, form)
 
 
-def _effort_json(row: EffortRow | None, seconds: float) -> dict[str, Any] | None:
+def _effort(row: EffortRow | None) -> float | None:
+    """Share of the drawn pixels that people changed."""
+    return None if row is None else number(row.effort)
+
+
+def _corrections(row: EffortRow | None, seconds: float) -> dict[str, Any] | None:
     if row is None:
         return None
     return {
         "panoramas": row.frames,
-        "changed": number(row.effort),
-        "by_label": {name: number(changes.effort) for name, changes in row.classes.items()},
+        "effort_by_label": {name: number(changes.effort) for name, changes in row.classes.items()},
         "shapes_touched": number(row.touched),
         "shapes_kept": number(row.kept / row.frames),
         "seconds": number(seconds),

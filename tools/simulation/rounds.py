@@ -33,12 +33,13 @@ from tools.simulation.results import (
 )
 from tools.simulation.scenes import GROUP_BY, Scenes
 from training.cvat import Account, Server
-from training.cycle import CycleResult, Workspace, open_registry, run_cycle
+from training.cycle import CycleResult, run_cycle
 from training.cycle_config import SETTINGS, CycleConfig
 from training.detector import Detector, region_points
 from training.effort import read_effort
 from training.oracle import Correction, correct
 from training.page import seconds_text
+from training.workspace import Workspace, open_registry
 
 PAGE: Final = "simulation.html"
 MARKER: Final = ".sscloud-simulation"
