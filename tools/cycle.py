@@ -1,7 +1,6 @@
 """`sscloud cycle` put together: its settings, and how a version becomes the served champion."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import yaml
 
 from sscloud.errors import ConfigError
 from tools.promotion import FunctionUpdate, promote
-from training.cycle import Deploy, Workspace
-from training.cycle_config import SETTINGS, CycleConfig, read_settings
+from training.cycle import Deploy
+from training.cycle_config import SETTINGS, CycleConfig, read_settings, require_known
 from training.registry import Registry
+from training.workspace import Workspace
 
 
 def settings_of(workspace: Path, flags: Mapping[str, Any], assignments: Sequence[str] = ()) -> CycleConfig:
@@ -45,9 +45,19 @@ def settings_of(workspace: Path, flags: Mapping[str, Any], assignments: Sequence
 
 
 def _put(settings: dict[str, Any], keys: Sequence[str], value: object) -> None:
-    for key in keys[:-1]:
+    """Set a value in a mapping of mappings; those on the way are made where they are missing.
+
+    Raises:
+        ConfigError: something on the way is no mapping.
+    """
+    for place, key in enumerate(keys[:-1], 1):
         inner = settings.get(key)
-        settings[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        if inner is not None and not isinstance(inner, Mapping):
+            way = ".".join(keys[:place])
+            raise ConfigError(
+                f"{'.'.join(keys)!r} cannot be set: {way!r} is {inner!r:.100}, not a mapping. Set {way!r} right first."
+            )
+        settings[key] = dict(inner or {})
         settings = settings[key]
     settings[keys[-1]] = value
 
@@ -61,11 +71,8 @@ def function_update(config: CycleConfig) -> FunctionUpdate | None:
     if config.function is None:
         return None
     fields = {field.name: field.type for field in dataclasses.fields(FunctionUpdate)}
+    require_known(config.function, list(fields), where="'function'")
     for name, value in config.function.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"'function' has no key {name!r}; it has {', '.join(fields)}.{hint}")
         expected: type = bool if fields[name] is bool else str
         if not isinstance(value, expected):
             kind = "true or false" if expected is bool else "a text"

@@ -9,7 +9,7 @@ the champion only in `deploy`, and only through the gate: whatever fails before 
 
 WORKSPACE/
   dataset/ runs/ served/ prelabels/     what the single commands know
-  cycles/0001/                          journal.json, frames.json, gate.html, select.html, report.html
+  cycles/0001/                          journal.json, frames.json, gate.html, select.html, report.html, traceback.txt
 """
 
 import csv
@@ -18,8 +18,9 @@ import logging
 import math
 import shutil
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,20 +29,19 @@ from typing import Any, Final, Literal
 from sscloud.bundle import ModelBundle
 from sscloud.errors import ConfigError, CycleError, DatasetError, ServerError, SSCloudError, UnreachableError
 from sscloud.files import atomic_write
-from sscloud.labels import LabelSchema
-from training.acquisition import rank
 from training.config import CONFIG, Place, TrainConfig, inherited, read_run
 from training.cvat import Server
 from training.cycle_config import SETTINGS, CycleConfig, changes
-from training.cycle_report import write_cycle_page
+from training.cycle_data import FRAMES, effort_since, last_frames, new_items, pair_of, selection_of, to_learn_from
+from training.cycle_report import serving_metrics, verdict, write_cycle_page
 from training.detector import Detector
 from training.effort import measure_effort
-from training.effort_records import FrameEffort, read_effort
-from training.effort_summary import percent, summarise_effort
-from training.export import BUNDLE, LAST, METRICS
+from training.effort_records import read_effort
+from training.effort_summary import percent
+from training.export import BUNDLE, METRICS
 from training.fetch import fetch
 from training.gate import PAGE as GATE_PAGE
-from training.gate import decide, test_part, write_gate_page
+from training.gate import Decision, decide, test_part, write_gate_page
 from training.handout import hand_out
 from training.journal import (
     STEPS,
@@ -56,94 +56,46 @@ from training.journal import (
     read_journals,
     write_journal,
 )
-from training.manifest import LABELS, Manifest, ManifestItem, read_manifest
+from training.jury import jury_of
+from training.manifest import Manifest, read_manifest
 from training.page import plural, seconds_text
-from training.pool import labelled_images, server_pool
 from training.prelabel import Report, prelabel
 from training.prelabel import Selection as PrelabelSelection
 from training.prelabel_server import prelabel_by_server
 from training.prelabel_store import PrelabelStore
-from training.registry import ModelVersion, Registry, default_uri
+from training.registry import ModelVersion, Registry, objection, without_login
 from training.rule import Rule
-from training.selection import PAGE as SELECTION_PAGE
 from training.selection import Selection as Chosen
 from training.selection import read_selection
-from training.selection_page import write_selection_page
-from training.survey import Selection, survey
+from training.selection_choice import NothingToChooseError, choose
+from training.survey import survey
+from training.workspace import Workspace, has_learned, open_registry
 
 log = logging.getLogger(__name__)
 
-FRAMES: Final = "frames.json"
-"""In a cycle's folder: the panoramas that its training could see, to know later ones by."""
 DECISION: Final = "gate.json"
 REPORT: Final = "report.html"
+TRACEBACK: Final = "traceback.txt"
+"""In a cycle's folder: where an error came from that nobody has foreseen."""
 
 _GATHERING: Final[tuple[StepName, ...]] = ("fetch", "effort", "check")
 """They are cheap and repeat no download: as long as nothing was learned, a cycle begins with them again."""
 
-_HELD_FROM: Final[Mapping[str, StepName]] = {"gate": "gate", "select": "select", "prelabel": "prelabel"}
-"""Settings that count from a later step on; all others count from the training."""
-
-_JURORS: Final = 3
-"""Models whose opinions say what is worth labelling."""
+_HELD_FROM: Final[Mapping[str, StepName]] = {
+    "max_hours": "train",
+    "gate": "gate",
+    "function": "deploy",
+    "new_labels": "deploy",
+    "select": "select",
+    "prelabel": "prelabel",
+}
+"""Settings that may change until a later step is over; all others are held from the first checkpoint on."""
 
 _NOT_HELD: Final = frozenset({"device", "min_new"})
 
 Say = Callable[[str], None]
 Deploy = Callable[[Registry, int], object]
 """Makes a version the champion that is served: the alias and what the function reads. Called again after a kill."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """The folder that a loop works in."""
-
-    root: Path
-
-    @property
-    def dataset(self) -> Path:
-        """What `fetch` writes."""
-        return self.root / "dataset"
-
-    @property
-    def runs(self) -> Path:
-        """Run folders, and the store of runs and models."""
-        return self.root / "runs"
-
-    @property
-    def served(self) -> Path:
-        """The model volume: what the function reads."""
-        return self.root / "served"
-
-    @property
-    def prelabels(self) -> Path:
-        """The store of pre-labels."""
-        return self.root / "prelabels"
-
-    @property
-    def cycles(self) -> Path:
-        """A folder a cycle."""
-        return self.root / "cycles"
-
-    def run(self, number: int) -> Path:
-        """The training run of a cycle."""
-        return self.runs / f"cycle-{number:04d}"
-
-    def schema_file(self, config: CycleConfig) -> Path | None:
-        """The label schema that is asked for, else the dataset's own; None: the one that is shipped."""
-        own = self.dataset / LABELS
-        if config.labels is not None:
-            return self.root / config.labels
-        return own if own.is_file() else None
-
-    def schema(self, config: CycleConfig) -> LabelSchema:
-        """The label schema.
-
-        Raises:
-            SchemaError: it cannot be read.
-        """
-        file = self.schema_file(config)
-        return LabelSchema.default() if file is None else LabelSchema.from_yaml(file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +183,7 @@ def _begin(place: Workspace, server: str, config: CycleConfig, *, restart: bool,
     last = journals[-1] if journals else None
     if last is not None and last.is_open and restart:
         write_journal(place.cycles, replace(last, ended=now(), outcome="abandoned"))
-        say(f"Cycle {last.number} is given up.")
+        say(f"Cycle {last.number} is given up.{_stranded(last)}")
     elif last is not None and last.is_open:
         return _continued(place, last, server, config, say=say)
     number = last.number + 1 if last is not None else 1
@@ -254,17 +206,7 @@ def _continued(place: Workspace, journal: Journal, server: str, config: CycleCon
         fresh = replace(journal, server=server, config=given, steps=steps)
         write_journal(place.cycles, fresh)
         return fresh
-    held = {
-        name
-        for name in given.keys() - _NOT_HELD
-        if name not in _HELD_FROM or journal.step(_HELD_FROM[name]).is_over
-    }  # fmt: skip
-    differing = changes(
-        {name: value for name, value in journal.config.items() if name in held},
-        {name: value for name, value in given.items() if name in held},
-    )
-    if journal.server != server:
-        differing.insert(0, f"the server was {journal.server}, not {server}")
+    differing = held_changes(place, journal, server, config)
     if differing:
         raise ConfigError(
             f"Cycle {journal.number} is unfinished, and goes on as it was begun ({'; '.join(differing)}). Give the "
@@ -277,24 +219,51 @@ def _continued(place: Workspace, journal: Journal, server: str, config: CycleCon
     return kept
 
 
-def open_registry(place: Workspace, config: CycleConfig, tracking_uri: str | None) -> Registry:
-    """The registry of a workspace; it asks its store for nothing before it is asked itself.
+def held_changes(place: Workspace, journal: Journal, server: str, config: CycleConfig) -> list[str]:
+    """Where settings differ from those that an unfinished cycle holds on to: a phrase each.
 
     Args:
         place: the workspace.
-        config: names the model.
-        tracking_uri: the MLflow store; None: a SQLite file in the workspace.
+        journal: of the unfinished cycle.
+        server: address of the CVAT server.
+        config: as given now.
+
+    Raises:
+        ConfigError: the cycle's own settings mean nothing any more.
     """
-    return Registry(tracking_uri or default_uri(place.root), name=config.name, cache=place.runs / "cache")
+    if not has_learned(place.run(journal.number)):
+        return []
+    given = config.to_dict()
+    # A journal of an earlier version may lack settings; then it went by what is their default now.
+    begun = CycleConfig.from_dict(journal.config, source=f"cycle {journal.number}").to_dict()
+    held = {
+        name
+        for name in given.keys() - _NOT_HELD
+        if name not in _HELD_FROM or journal.step(_HELD_FROM[name]).is_over
+    }  # fmt: skip
+    differing = changes({name: begun[name] for name in held}, {name: given[name] for name in held})
+    if journal.server != server:
+        differing.insert(0, f"the server was {journal.server}, not {server}")
+    return differing
 
 
-def has_learned(run: Path) -> bool:
-    """Whether a training has come to its first checkpoint: before that nothing is lost by starting it anew."""
-    return (run / CONFIG).is_file() and (run / LAST).is_file()
+def _stranded(journal: Journal) -> str:
+    """What a cycle that is given up leaves behind, where that would be forgotten: its data counts as learned."""
+    register = journal.step("register")
+    if register.state != "done" or journal.step("deploy").is_over or not journal.step("gate").facts["accepted"]:
+        return ""
+    return (
+        f" The gate accepted its model, {register.facts['title']}, and it was not deployed: "
+        f"`sscloud models promote {register.facts['version']}` does that."
+    )
 
 
 class _SkipError(Exception):
     """A step that has nothing to do, and why."""
+
+    def __init__(self, why: str, **facts: Any) -> None:
+        super().__init__(why)
+        self.facts = facts
 
 
 class _NothingError(Exception):
@@ -368,25 +337,32 @@ class _Cycle:
         try:
             facts = work()
         except _SkipError as why:
-            over(state="skipped", error=str(why))
+            over(state="skipped", error=str(why), facts=why.facts)
             shown(f"skipped: {why}")
         except _NothingError:
             raise
         except KeyboardInterrupt:
             over(state="pending")
             raise
-        except (SSCloudError, OSError) as error:
-            over(state="failed", error=str(error))
+        except Exception as error:  # whatever it is: a later step that fails must not hide what was done before
+            what = self._what_failed(error)
+            over(state="failed", error=what)
             raise CycleError(
-                f"Cycle {self._journal.number} failed in its step {name}: {error}\nWhat served before goes on serving. "
+                f"Cycle {self._journal.number} failed in its step {name}: {what}\nWhat served before goes on serving. "
                 "Once that is put right, `sscloud cycle` goes on with this step."
             ) from error
-        except Exception as error:
-            over(state="failed", error=f"{type(error).__name__}: {error}")
-            raise
         else:
             over(state="done", facts=facts)
             shown(str(facts["text"]))
+
+    def _what_failed(self, error: Exception) -> str:
+        """An error in words; where it is none of those that are raised on purpose, its origin is kept in a file."""
+        if isinstance(error, SSCloudError | OSError):
+            return without_login(str(error))
+        path = self._folder / TRACEBACK
+        text = without_login("".join(traceback.format_exception(error)))
+        atomic_write(path, text.encode(errors="backslashreplace"))
+        return f"{type(error).__name__}: {without_login(str(error))} (where it happened is in {path})"
 
     def _save(self, journal: Journal) -> None:
         write_journal(self._place.cycles, journal)
@@ -443,7 +419,7 @@ class _Cycle:
                 quiet=self._quiet,
             )
             seen = last_frames(place.cycles) or frozenset()
-            new = {item.mask_sha256 for item in self._manifest().items if _pair(item) not in seen}
+            new = {item.mask_sha256 for item in self._manifest().items if pair_of(item) not in seen}
             found = effort_since(read_effort(place.dataset), new)
         except UnreachableError:
             raise
@@ -463,12 +439,13 @@ class _Cycle:
 
     def _check(self) -> dict[str, Any]:
         manifest = self._manifest()
-        new = new_items(manifest, self._place.cycles)
-        least = self._config.min_new
+        fresh = new_items(manifest, self._place.cycles)
+        new, least = to_learn_from(fresh), self._config.min_new
         if len(new) < least:
+            others = f" ({plural(len(fresh) - len(new), 'other')} to validate or test)" if len(fresh) > len(new) else ""
             raise _NothingError(
-                f"Nothing to do: {plural(len(new), 'panorama')} new or corrected since the last training, {least} are "
-                f"needed ('min_new'), {least - len(new)} more.",
+                f"Nothing to do: {plural(len(new), 'panorama')} to learn from new or corrected since the last "
+                f"training{others}, {least} are needed ('min_new'), {least - len(new)} more.",
                 new=len(new),
             )
         # What would fail after hours of training is better said now.
@@ -509,7 +486,9 @@ class _Cycle:
             )
         champion = self._registry.champion()
         if resume and has_learned(run):
-            config, why = replace(read_run(run).config, dataset=str(self._place.dataset)), "resumed"
+            begun = read_run(run).config
+            config = replace(begun, dataset=str(self._place.dataset), max_hours=self._config.max_hours)
+            why = "resumed"
         else:
             config, why = self._plan_training(champion)
             if run.exists():  # it ended before its first checkpoint, perhaps with other settings
@@ -575,13 +554,16 @@ class _Cycle:
             )
         champion = self._registry.champion()
         pictures: dict[str, bytes] = {}
-        decision = decide(
-            None if champion is None else self._registry.bundle(champion.version),
-            ModelBundle.load(self._run_folder / BUNDLE),
-            test_part(self._place.dataset, labels=self._place.schema_file(self._config)),
-            rules=self._config.gate,
-            device=self._config.device,
-            picture=pictures.__setitem__,
+        decision = _renamed(
+            decide(
+                None if champion is None else self._registry.bundle(champion.version),
+                ModelBundle.load(self._run_folder / BUNDLE),
+                test_part(self._place.dataset, labels=self._place.schema_file(self._config)),
+                rules=self._config.gate,
+                device=self._config.device,
+                picture=pictures.__setitem__,
+            ),
+            f"The model of cycle {self._journal.number}",
         )
         write_gate_page(self._folder / GATE_PAGE, decision, pictures)
         text = json.dumps(decision.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
@@ -613,20 +595,21 @@ class _Cycle:
         return {"version": version.version, "title": version.title, "text": f"{version.title} is in the registry"}
 
     def _deploy_challenger(self) -> dict[str, Any]:
+        champion = self._registry.champion()
+        serving = None if champion is None else champion.title
         if not self._facts("gate")["accepted"]:
-            raise _SkipError("the gate refused the challenger")
-        version, champion = int(self._facts("register")["version"]), self._registry.champion()
-        against = self._facts("gate")["champion"]
-        if champion is not None and champion.version != version and champion.title != against:
+            raise _SkipError("the gate refused the challenger", champion=serving)
+        version, against = self._registry.get(int(self._facts("register")["version"])), self._facts("gate")["champion"]
+        if problem := objection(version, champion):
             raise _SkipError(
-                f"{champion.title} became the champion after the gate had compared with {against or 'none'}; `sscloud "
-                f"models promote {version}` asks the gate again"
+                f"{version.title} was not deployed: {problem}. `sscloud models promote {version.version} --dataset "
+                f"{self._place.dataset}` asks the gate again",
+                champion=serving,
             )
-        self._deploy(self._registry, version)
-        title = self._registry.get(version).title
+        self._deploy(self._registry, version.version)
         return {
-            "title": title,
-            "text": f"{title} is the champion now" + (f", in place of {against}" if against is not None else ""),
+            "champion": version.title,
+            "text": f"{version.title} is the champion now" + (f", in place of {against}" if against else ""),
         }
 
     # What comes next
@@ -665,59 +648,45 @@ class _Cycle:
 
     def _choose(self, champion: ModelVersion) -> Chosen:
         """Look at the pool, and write down what is best labelled next."""
-        config = self._config
-        shares, labelled = labelled_images(self._manifest())
-        left_out: Counter[str] = Counter()
+        config, started = self._config, datetime.fromisoformat(self._journal.started)
+        jury = jury_of(self._registry, champion, say=self._say)
         with PrelabelStore(self._place.prelabels, server=self._server.url) as store:
-            pool = server_pool(
-                self._server, store, project=config.project, labelled=labelled, left_out=left_out, quiet=self._quiet
-            )
-        told = [f"{plural(count, 'frame')} {reason}" for reason, count in sorted(left_out.items()) if count]
-        if not pool:
-            raise _SkipError(f"no frame of the project can be chosen: {', '.join(told) or 'there are none'}")
-        jury, pictures = jury_of(self._registry, champion), dict[str, bytes]()
-        choices = rank(
-            pool,
-            jury,
-            count=config.select.count,
-            shares=shares,
-            device=config.device,
-            picture=pictures.__setitem__,
-            skipped=told,
-            quiet=self._quiet,
-        )
-        if not choices:
-            raise _SkipError(f"no frame of the pool can be chosen: {', '.join(told)}")
-        started = datetime.fromisoformat(self._journal.started)
-        chosen = Chosen(
-            name=f"Cycle {self._journal.number} of {started:%Y-%m-%d %H:%M:%S}",
-            server=self._server.url,
-            project=config.project,
-            way=config.select.way,
-            assignee=config.select.assignee,
-            models=tuple(bundle.manifest.title for bundle in jury),
-            choices=tuple(choices),
-            left_out=tuple(told),
-        )
-        facts = {"looked at": plural(len(pool), "panorama"), "models": ", ".join(chosen.models)}
-        write_selection_page(self._folder / SELECTION_PAGE, choices, pictures, facts=facts, left_out=told)
-        chosen.save(self._folder)
+            try:
+                chosen = choose(
+                    self._server,
+                    store,
+                    jury,
+                    folder=self._folder,
+                    name=f"Cycle {self._journal.number} of {started:%Y-%m-%d %H:%M:%S}",
+                    project=config.project,
+                    count=config.select.count,
+                    way=config.select.way,
+                    assignee=config.select.assignee,
+                    dataset=self._place.dataset,
+                    device=config.device,
+                    quiet=self._quiet,
+                )
+            except NothingToChooseError as why:
+                raise _SkipError(str(why)) from why
+        for problem in chosen.failed:
+            self._say(f"not looked at: {problem}")
         return chosen
 
     def _prelabel(self) -> dict[str, Any]:
         config, champion = self._config, self._champion()
         report = Report(model=champion.title)
         with PrelabelStore(self._place.prelabels, server=self._server.url) as store:
-            # Untouched older pre-labels, too: the champion's are better.
+            # Older pre-labels that nobody has touched, too: the champion's are better. But a job that somebody has
+            # opened before this cycle stays as that person knows it.
             new = set(self._facts("select").get("jobs", ()))
             jobs = [
                 job.id
                 for task in self._server.tasks(config.project)
                 for job in self._server.jobs(task.id)
-                if job.id in new or store.path(job.id).exists()
+                if job.id in new or (job.state == "new" and store.path(job.id).exists())
             ]
             if not jobs:
-                raise _SkipError("nothing was handed out, and nothing was pre-labelled before")
+                raise _SkipError("nothing was handed out, and no older pre-labels wait for people")
             self._draw(store, report, PrelabelSelection(jobs=tuple(jobs)), champion)
         for problem in report.failed:
             self._say(f"not pre-labelled: {problem}")
@@ -769,72 +738,20 @@ class _Cycle:
         return {"text": f"written to {self._folder / REPORT}"}
 
     def _result(self) -> CycleResult:
-        gate, deployed = self._facts("gate"), self._journal.step("deploy").state == "done"
-        title = self._facts("register")["title"]
-        serving = title if deployed else gate["champion"]
-        if deployed:
-            summary = f"{self._facts('deploy')['text']}."
-        else:
-            summary = str(self._journal.step("deploy").error) if gate["accepted"] else gate["headline"]
+        gate, deploy = self._facts("gate"), self._journal.step("deploy")
         return CycleResult(
-            outcome="accepted" if deployed else "refused",
-            summary=summary,
+            outcome="accepted" if deploy.state == "done" else "refused",
+            summary=verdict(self._journal),
             number=self._journal.number,
             new=int(self._facts("check")["new"]),
-            champion=serving,
-            challenger=title,
+            champion=deploy.facts.get("champion"),
+            challenger=self._facts("register")["title"],
             reasons=tuple(gate["reasons"]),
-            metrics=gate["metrics"] if deployed else gate["champion_metrics"],
+            metrics=serving_metrics(self._journal),
             jobs=tuple(self._facts("select").get("jobs", ())),
             report=self._folder / REPORT,
             seconds={step.name: step.seconds for step in self._journal.steps},
         )
-
-
-def selection_of(config: CycleConfig) -> Selection:
-    """Which frames count: those of completed jobs of the project."""
-    return Selection(
-        projects=(config.project,),
-        stages=frozenset(config.stages) if config.stages else None,
-        ground_truth=config.ground_truth,
-    )
-
-
-def new_items(manifest: Manifest, cycles: Path) -> list[ManifestItem]:
-    """Panoramas to learn from that the last training did not see, or saw with another mask; all before the first one.
-
-    Args:
-        manifest: of the dataset.
-        cycles: the workspace's cycles. One counts from its model's entry into the registry on, whatever the gate said.
-    """
-    seen = last_frames(cycles)
-    return [item for item in manifest.items if item.split != "test" and (seen is None or _pair(item) not in seen)]
-
-
-def _pair(item: ManifestItem) -> tuple[str, str]:
-    return item.image_sha256, item.mask_sha256
-
-
-def last_frames(cycles: Path, *, before: int | None = None) -> frozenset[tuple[str, str]] | None:
-    """sha256 of image and mask of the panoramas of the newest cycle that made a model; None where there is none.
-
-    Args:
-        cycles: the workspace's cycles.
-        before: look at older cycles than this one only.
-
-    Raises:
-        ConfigError: what the cycle has written cannot be read.
-    """
-    for journal in reversed(read_journals(cycles)):
-        if journal.step("register").state == "done" and (before is None or journal.number < before):
-            path = cycle_folder(cycles, journal.number) / FRAMES
-            try:
-                return frozenset((str(image), str(mask)) for image, mask, _ in json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
-                raise ConfigError(
-                    f"{path} cannot be read ({error}). Bring it back, or move {path.parent} away."
-                ) from error
-    return None
 
 
 def origin_of(config: CycleConfig, champion: ModelBundle | None) -> tuple[ModelBundle | None, str]:
@@ -857,37 +774,11 @@ def origin_of(config: CycleConfig, champion: ModelBundle | None) -> tuple[ModelB
     return champion, f"{title} is the champion"
 
 
-def jury_of(registry: Registry, champion: ModelVersion) -> list[ModelBundle]:
-    """Who is asked what is worth labelling: the champion, and the two newest others that knew its labels.
-
-    Args:
-        registry: of the model.
-        champion: its present champion.
-    """
-    jury = [registry.bundle(champion.version)]
-    labels = jury[0].manifest.labels.class_ids
-    for version in reversed(registry.versions()):
-        if version.version != champion.version and version.decision != "refused" and len(jury) < _JURORS:
-            bundle = registry.bundle(version.version)
-            if bundle.manifest.labels.class_ids == labels:
-                jury.append(bundle)
-    return jury
-
-
-def effort_since(records: Iterable[FrameEffort], masks: Collection[str]) -> dict[str, Any] | None:
-    """What people did to the pre-labels of some panoramas; None where none of them had one that is known.
-
-    Args:
-        records: of the dataset.
-        masks: sha256 of the masks of these panoramas.
-    """
-    rows = summarise_effort(record for record in records if record.mask_sha256 in masks).models
-    drawn, frames = sum(row.pixels.drawn for row in rows), sum(row.frames for row in rows)
-    if not frames:
-        return None
-    touched = sum(row.touched * row.frames for row in rows) / frames
-    changed = 1 - sum(row.pixels.accepted for row in rows) / drawn if drawn else 0.0
-    return {"frames": frames, "changed": changed, "touched": touched}
+def _renamed(decision: Decision, name: str) -> Decision:
+    """The same decision, with a name of the challenger that stays true: it has no number before it is registered."""
+    of_challenger = f"Challenger: {decision.challenger}"
+    facts = {f"Challenger: {name}" if title == of_challenger else title: of for title, of in decision.facts.items()}
+    return replace(decision, challenger=name, facts=facts)
 
 
 def _left_out(jobs: Mapping[str, int]) -> str:

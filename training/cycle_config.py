@@ -22,6 +22,14 @@ SETTINGS: Final = "cycle.yaml"
 _OF_THE_CYCLE: Final = ("dataset", "labels", "load", "max_hours")
 """Of `TrainConfig`, what the cycle itself decides."""
 
+_KINDS: Final = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    bool: ("true or false", "true or false"),
+}
+"""Types in words."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectRules:
@@ -69,7 +77,8 @@ class CycleConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …; the one setting that a cycle under way does not hold on to."""
     min_new: int = 5
-    """New or corrected panoramas since the last training, below which there is nothing to do; 0: train anyway."""
+    """New or corrected panoramas to learn from since the last training, below which there is nothing to do; 0: train
+    anyway."""
     max_hours: float | None = None
     """Of training."""
     start: Literal["auto", "champion", "scratch"] = "auto"
@@ -106,10 +115,12 @@ class CycleConfig:
         if not self.name.strip():
             raise ConfigError("'name' must not be empty: CVAT shows it.")
         self.split_plan(None)
+        hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name not in _OF_THE_CYCLE}
         for part in ("train", "finetune"):
             values = getattr(self, part)
-            known = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in _OF_THE_CYCLE]
-            _require_known(values, known, where=f"'{part}'")
+            require_known(values, list(hints), where=f"'{part}'")
+            for name, value in values.items():
+                _value(hints[name], value, where=f"{part}.{name}")
         for values in (self.train, {**self.train, **self.finetune}):
             self.training(values, dataset="", load=None)
 
@@ -132,11 +143,8 @@ class CycleConfig:
             load: the bundle to start from.
         """
         crop = values.get("crop")
-        try:
-            fitting = {**values, "crop": tuple(crop)} if crop is not None else values
-            return TrainConfig(dataset=dataset, load=load, max_hours=self.max_hours, **fitting)
-        except TypeError as error:
-            raise ConfigError(f"'train' or 'finetune' holds a value of a wrong kind: {error}.") from error
+        fitting = {**values, "crop": tuple(crop)} if crop is not None else values
+        return TrainConfig(dataset=dataset, load=load, max_hours=self.max_hours, **fitting)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types; `from_dict` reads it."""
@@ -190,7 +198,7 @@ def _build(kind: Any, data: object, *, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}: expected a mapping, found {data!r:.100}.")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    _require_known(data, list(fields), where=f"'{where}'" if where else "the settings")
+    require_known(data, list(fields), where=f"'{where}'" if where else "the settings")
     hints = get_type_hints(kind)
     missing = [
         f.name
@@ -218,23 +226,40 @@ def _value(hint: Any, value: object, *, where: str) -> Any:
             return value
         raise ConfigError(f"'{where}' must be one of {', '.join(arguments)}, found {value!r:.100}.")
     if origin is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
-            return tuple(value)
-        raise ConfigError(f"'{where}' must be a list of texts, found {value!r:.100}.")
+        return _tuple(arguments, value, where=where)
     if origin is Mapping:
         _, of = arguments
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {key: one if of is Any else _value(of, one, where=f"{where}.{key}") for key, one in value.items()}
         raise ConfigError(f"'{where}' must be a mapping, found {value!r:.100}.")
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
-        raise ConfigError(f"'{where}' must be {names[hint]}, found {value!r:.100}.")
+        raise ConfigError(f"'{where}' must be {_KINDS[hint][0]}, found {value!r:.100}.")
     return value
 
 
-def _require_known(data: Mapping[str, Any], known: list[str], *, where: str) -> None:
+def _tuple(kinds: tuple[Any, ...], value: object, *, where: str) -> tuple[Any, ...]:
+    """A list of values of one kind: so many as the field has, or any number."""
+    count = None if kinds[-1] is Ellipsis else len(kinds)
+    if not isinstance(value, list | tuple) or count not in (None, len(value)):
+        many = _KINDS[kinds[0]][1]
+        expected = f"a list of {many}" if count is None else f"a list of {count} {many}"
+        raise ConfigError(f"'{where}' must be {expected}, found {value!r:.100}.")
+    return tuple(_value(kinds[0], one, where=where) for one in value)
+
+
+def require_known(data: Mapping[str, Any], known: list[str], *, where: str) -> None:
+    """Refuse keys that mean nothing.
+
+    Args:
+        data: keys and values.
+        known: the keys that there are.
+        where: what has these keys, for the message.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one.
+    """
     for name in data:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

@@ -1,27 +1,34 @@
 """What the next cycle would do; asks the server and the registry, and writes nothing."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.cvat import Server
-from training.cycle import Workspace, has_learned, new_items, open_registry, origin_of, selection_of
-from training.cycle_config import CycleConfig
-from training.journal import read_journals
+from training.cycle import held_changes, origin_of
+from training.cycle_config import SETTINGS, CycleConfig
+from training.cycle_data import new_items, selection_of, to_learn_from
+from training.journal import present_holder, read_journals
 from training.manifest import Manifest, read_manifest
 from training.page import plural
 from training.pool import server_pool
 from training.prelabel_store import PrelabelStore
-from training.registry import registered_names
+from training.registry import Registry, default_uri, registered_names
 from training.survey import Survey, survey
+from training.workspace import Workspace, has_learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CyclePlan:
     """What `sscloud cycle` would do now."""
 
+    running: str | None
+    """Which process works in the workspace, in words: it would refuse another one."""
     unfinished: int | None
     """Number of the cycle that it would go on with."""
+    differing: tuple[str, ...]
+    """Settings that this cycle holds on to and that are given otherwise, a phrase each: it would not go on."""
     step: str
     """Where it would begin."""
     finished: int
@@ -29,7 +36,7 @@ class CyclePlan:
     changed: int
     """Of them, those that would be looked at: their jobs have changed since they were fetched."""
     new: int
-    """Panoramas of the dataset, new or corrected since the last training."""
+    """Panoramas of the dataset to learn from, new or corrected since the last training."""
     least: int
     champion: str | None
     origin: str
@@ -51,14 +58,23 @@ class CyclePlan:
         budget = f", at most {self.max_hours:g} h" if self.max_hours is not None else ""
         if self.unfinished is not None:
             begin = f"cycle {self.unfinished} is unfinished and would go on at {self.step}"
+            if self.differing:
+                begin = (
+                    f"cycle {self.unfinished} is unfinished and would not go on: {'; '.join(self.differing)}. Give the "
+                    f"settings back to it ({SETTINGS}, flags), or give it up with --restart"
+                )
         elif self.is_enough:
             begin = "a new cycle would run"
         else:
             begin = f"nothing to do: {self.least - self.new - self.changed} more are needed"
+        if self.running is not None:
+            begin = (
+                f"nothing while another `sscloud cycle` works here ({self.running}); after it, as things are: {begin}"
+            )
         told = [
             f"on the server  {plural(self.finished, 'frame')} of completed jobs, {self.changed} of them in jobs that "
             "changed since the last fetch",
-            f"dataset        {plural(self.new, 'panorama')} new or corrected since the last training; "
+            f"dataset        {plural(self.new, 'panorama')} to learn from new or corrected since the last training; "
             f"{self.least} are needed ('min_new')",
             f"champion       {self.champion or 'none'}",
             f"so             {begin}",
@@ -83,7 +99,7 @@ def plan_cycle(
 
     Raises:
         ServerError: no answer, or no such project.
-        ConfigError: a journal that cannot be read.
+        ConfigError: a journal that cannot be read, or whose settings mean nothing any more.
         RegistryError: the store does not answer.
     """
     place = Workspace(workspace.resolve())
@@ -91,18 +107,22 @@ def plan_cycle(
     last = journals[-1] if journals and journals[-1].is_open else None
     manifest = read_manifest(place.dataset)
     found = survey(server, selection_of(config), quiet=quiet)
-    registry = open_registry(place, config, tracking_uri)
-    champion = registry.champion() if config.name in registered_names(registry.uri) else None
-    origin, why = origin_of(config, None if champion is None else registry.bundle(champion.version))
+    uri = tracking_uri or default_uri(place.root)
+    with tempfile.TemporaryDirectory(prefix="sscloud-plan-") as cache:  # a server's bundles go there
+        registry = Registry(uri, name=config.name, cache=Path(cache))
+        champion = registry.champion() if config.name in registered_names(uri) else None
+        origin, why = origin_of(config, None if champion is None else registry.bundle(champion.version))
     values = {**config.train, **(config.finetune if origin is not None else {})}
     pool = server_pool(server, PrelabelStore(place.prelabels, server=server.url), project=config.project)
     step = None if last is None or not has_learned(place.run(last.number)) else last.next_step
     return CyclePlan(
+        running=present_holder(place.cycles),
         unfinished=None if last is None else last.number,
+        differing=() if last is None else tuple(held_changes(place, last, server.url, config)),
         step="fetch" if step is None else step.name,
         finished=len(found.wanted),
         changed=changed_frames(manifest, found),
-        new=0 if manifest is None else len(new_items(manifest, place.cycles)),
+        new=0 if manifest is None else len(to_learn_from(new_items(manifest, place.cycles))),
         least=config.min_new,
         champion=None if champion is None else champion.title,
         origin=f"from {origin.manifest.title}" if origin is not None else f"from scratch, because {why}",

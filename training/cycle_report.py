@@ -39,7 +39,7 @@ def write_cycle_page(path: Path, journal: Journal, journals: Sequence[Journal], 
         "cycle.html.j2",
         report={"version": __version__, "created": datetime.now(UTC)},
         number=journal.number,
-        headline=f"{deployed.facts['text']}." if deployed.state == "done" else gate["headline"],
+        headline=verdict(journal),
         accepted=deployed.state == "done",
         cards=_cards(journal),
         names=journal.step("check").facts["names"],
@@ -77,7 +77,7 @@ def _cards(journal: Journal) -> list[dict[str, str]]:
             "note": f"{splits.get('train', 0)} to learn from in all, {check['test']} to measure on",
         },
         {
-            "value": score_text(serving_miou(journal)),
+            "value": score_text(_miou(serving_metrics(journal))),
             "name": "mIoU of the champion",
             "note": f"on {plural(gate['panoramas'], 'test panorama')}; "
             f"of the one before {score_text(_miou(gate['champion_metrics']))}",
@@ -101,10 +101,26 @@ def _cards(journal: Journal) -> list[dict[str, str]]:
     return cards
 
 
-def serving_miou(journal: Journal) -> float | None:
-    """mIoU on the test panoramas of the model that served after a cycle; None where there was none, or no score."""
-    accepted = journal.step("deploy").state == "done"
-    return _miou(journal.step("gate").facts.get("metrics" if accepted else "champion_metrics", {}))
+def verdict(journal: Journal) -> str:
+    """What became of the trained model, in a sentence."""
+    gate, deploy = journal.step("gate").facts, journal.step("deploy")
+    if deploy.state == "done":
+        return f"{deploy.facts['text']}."
+    return f"{deploy.error}." if gate["accepted"] else str(gate["headline"])
+
+
+def serving_metrics(journal: Journal) -> Mapping[str, Any]:
+    """On the test panoramas, of the model that served after a cycle; empty where there was none, or none was measured.
+
+    Args:
+        journal: of a cycle that has come past the gate.
+    """
+    gate, deploy = journal.step("gate").facts, journal.step("deploy")
+    if deploy.state == "done":
+        return dict(gate.get("metrics", {}))
+    # Somebody else's model may have become the champion after the gate.
+    measured = deploy.facts.get("champion", gate.get("champion")) == gate.get("champion")
+    return dict(gate.get("champion_metrics", {})) if measured else {}
 
 
 def _miou(metrics: Mapping[str, Any]) -> float | None:
@@ -132,7 +148,7 @@ def _loop_charts(journals: Sequence[Journal]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "epoch": float(journal.number),
-                "champion": _number(serving_miou(journal)),
+                "champion": _number(_miou(serving_metrics(journal))),
                 "challenger": _number(_miou(journal.step("gate").facts.get("metrics", {}))),
                 "changed": _number(effort.get("changed")),
                 "touched": _number(effort.get("touched")),

@@ -165,6 +165,19 @@ def cycle_lock(cycles: Path) -> Iterator[None]:
         lock.release()
 
 
+def present_holder(cycles: Path) -> str | None:
+    """Which process works in a workspace now, in words; None where none does. Leaves everything as it is."""
+    if not (cycles / _LOCK).exists():
+        return None
+    lock = FileLock(cycles / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return _holder(cycles)
+    lock.release()
+    return None
+
+
 def _holder(cycles: Path) -> str:
     """Who holds the lock, in words."""
     try:

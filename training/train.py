@@ -30,6 +30,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from numpy.typing import NDArray
+from sqlalchemy.exc import SQLAlchemyError
 from torch.utils.data import DataLoader
 
 from sscloud.architecture import Architecture, Upsampling
@@ -79,7 +80,7 @@ from training.dataset import (
 from training.export import BEST, BUNDLE, LAST, METRICS, export_bundle
 from training.losses import Loss, class_weights, make_loss
 from training.module import SegmentationModule
-from training.registry import EXPERIMENT, RECORD, artifact_location
+from training.registry import EXPERIMENT, RECORD, artifact_location, store_error, without_login
 from training.run_report import REPORT, write_run_report
 from training.sync_batch_norm import synchronise
 from training.transfer import transfer
@@ -98,6 +99,9 @@ _LOOKED_AT_ROWS = 256
 
 _FACING = 0.9
 """Share of the returns whose normals face the scanner under the right convention."""
+
+_STORE_ERRORS = (MlflowException, SQLAlchemyError)
+"""What the tracking store raises, whatever is the matter with it."""
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +122,7 @@ def train(config: TrainConfig, place: Place, *, folder: DatasetFolder | None = N
         ConfigError: the run exists already, or its data changed since it was started.
         BundleError: `load` does not fit.
         TrainingError: out of memory, with what would fit.
+        RegistryError: the tracking store does not answer, or refuses.
     """
     if place.rank == 0 and (place.run / CONFIG).exists() and not place.resume:
         raise ConfigError(
@@ -188,13 +193,23 @@ def _fit(
             if is_out_of_memory(error):
                 raise TrainingError(f"Out of memory. {_advice(config, data, architecture, place)}") from error
             raise
-        except (SystemExit, MlflowException) as error:
-            if not trainer.interrupted:
-                raise
+        except (SystemExit, *_STORE_ERRORS) as error:
+            if not _began_with_ctrl_c(error):  # Lightning calls every end by an error an interruption
+                if isinstance(error, SystemExit):
+                    raise
+                raise store_error(_store(place), error) from error
             # A Ctrl-C in the middle of a row leaves the store locked, and closing it fails; the checkpoints are whole.
             # Lightning answers Ctrl-C by leaving the process, deaf to further ones; callers shall decide that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from error
+
+
+def _began_with_ctrl_c(error: BaseException) -> bool:
+    """Whether an error was raised while Ctrl-C was being answered."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__context__
+    return found is not None
 
 
 def _header(config: TrainConfig, data: "_Data", place: Place) -> str:
@@ -671,14 +686,35 @@ def _tracked(remembered: Path, uri: str) -> str | None:
     run_id = remembered.read_text().strip()
     try:
         MlflowClient(uri).get_run(run_id)
-    except MlflowException:
-        log.warning("%s does not know the run %s (was the run folder moved?); a new record begins.", uri, run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        shown = without_login(uri)
+        log.warning("%s does not know the run %s (was the run folder moved?); a new record begins.", shown, run_id)
         return None
     return run_id
 
 
+def _store(place: Place) -> str:
+    """Address of the tracking store."""
+    return place.tracking_uri or f"sqlite:///{place.run.resolve().parent / 'mlflow.db'}"
+
+
 def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
-    uri = place.tracking_uri or f"sqlite:///{place.run.resolve().parent / 'mlflow.db'}"
+    try:
+        loggers: list[Logger] = [_mlflow_logger(config, place)]
+    except _STORE_ERRORS as error:
+        raise store_error(_store(place), error) from error
+    if place.wandb:
+        try:
+            loggers.append(WandbLogger(project="sscloud", name=place.run.name, save_dir=place.run, offline=True))
+        except ModuleNotFoundError as error:
+            raise ConfigError("--wandb needs Weights & Biases: pip install wandb") from error
+    return loggers
+
+
+def _mlflow_logger(config: TrainConfig, place: Place) -> MLFlowLogger:
+    uri = _store(place)
     remembered, artifacts = place.run / RECORD, artifact_location(uri)
     mlflow = MLFlowLogger(
         EXPERIMENT,
@@ -690,13 +726,7 @@ def _loggers(config: TrainConfig, place: Place) -> list[Logger]:
     atomic_write(remembered, f"{mlflow.run_id}\n".encode())
     if not place.resume:  # a run goes on as it was started, if perhaps on a data set that was moved
         mlflow.log_hyperparams({**dataclasses.asdict(config), "learning_rate": config.peak_learning_rate})
-    loggers: list[Logger] = [mlflow]
-    if place.wandb:
-        try:
-            loggers.append(WandbLogger(project="sscloud", name=place.run.name, save_dir=place.run, offline=True))
-        except ModuleNotFoundError as error:
-            raise ConfigError("--wandb needs Weights & Biases: pip install wandb") from error
-    return loggers
+    return mlflow
 
 
 def planned(config: TrainConfig, place: Place, *, auto: Collection[str]) -> tuple[TrainConfig, memory.Plan]:

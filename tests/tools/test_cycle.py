@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from sscloud.errors import ConfigError
 from tools.cli import main
 from tools.cycle import function_update, settings_of
 from training.cvat import Server, find_account
-from training.journal import Journal, read_journals
+from training.journal import Journal, StepName, read_journals
+from training.workspace import Workspace, has_learned
 
 SETTINGS: dict[str, Any] = {
     "name": "street",
@@ -57,6 +59,7 @@ def test_flags_win_over_assignments_and_these_over_the_file(tmp_path: Path) -> N
         (["epochs"], "--set 'epochs' is no KEY=VALUE"),
         (["train={"], "is no value of YAML"),
         (["train.epoch=3"], r"Did you mean 'epochs'\?"),
+        (["train=3", "train.epochs=2"], r"'train\.epochs' cannot be set: 'train' is 3, not a mapping"),
         (["function={gpu: true}"], "'function' must name the function"),
         (["function={name: a, gpu: 1}"], r"'function\.gpu' must be true or false, found 1"),
         (["function={name: 3}"], r"'function\.name' must be a text, found 3"),
@@ -156,23 +159,70 @@ def test_stopped_in_the_middle(make_town: Callable[[str], Town]) -> None:
     assert "champion       street v1" in killed.log.read_text(encoding="utf-8")
 
 
+TARGETS: tuple[StepName, ...] = (
+    "fetch", "check", "train", "train", "train", "gate", "register", "deploy", "select", "prelabel",
+)  # fmt: skip
+"""Where a cycle is killed, in this order: in its training before and after it has a checkpoint."""
+
+
+def kill_in(town: Town, step: StepName, *, checkpoint: bool, delay: float) -> str | None:
+    """Kill a cycle in a step, or as soon as it is past it.
+
+    Args:
+        town: where.
+        step: its name.
+        checkpoint: wait until the training has one.
+        delay: seconds from the step's beginning to the kill.
+
+    Returns:
+        The step that was running, with "+" behind it after the first checkpoint; None where the cycle was over before.
+    """
+    process = town.start()
+    running = town.root / "cycles" / "running.json"
+    deadline = time.monotonic() + 120
+    while True:
+        assert time.monotonic() < deadline, town.log.read_text(encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError):
+            journal = town.journal
+            if journal is not None and json.loads(running.read_bytes())["pid"] == process:
+                present = journal.next_step
+                if present is None or (journal.step(step).is_over and present.state == "running"):
+                    break
+                is_there = present.name == step and present.state == "running"
+                if is_there and (not checkpoint or has_learned(Workspace(town.root).run(journal.number))):
+                    break
+        time.sleep(0.002)
+    time.sleep(delay)
+    with contextlib.suppress(ProcessLookupError):  # it has come to its end
+        os.kill(process, signal.SIGKILL)
+    if town.nursery.wait() != -signal.SIGKILL:
+        return None
+    journal = town.journal
+    assert journal is not None
+    left = journal.next_step
+    if left is None or left.state != "running":
+        return "between"
+    return left.name + ("+" if has_learned(Workspace(town.root).run(journal.number)) else "")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_random_moments(make_town: Callable[[str], Town]) -> None:
-    """Ten kills in a cycle that begins from nothing, ten in the next one."""
+    """Ten kills in a cycle that begins from nothing, ten in the next one; every step is hit."""
     whole, killed = make_town("whole"), make_town("killed")
     rng = random.Random(20)
+    hit: Counter[str | None] = Counter()
     for cycle in (1, 2):
-        began = time.monotonic()
         whole.run()
-        took = time.monotonic() - began
-        kills = 0
-        while kills < 10:
-            process = killed.start()
-            time.sleep(rng.uniform(0, took / 6))
-            with contextlib.suppress(ProcessLookupError):  # it has come to its end
-                os.kill(process, signal.SIGKILL)
-            kills += killed.nursery.wait() == -signal.SIGKILL
+        undisturbed = whole.journal
+        assert undisturbed is not None
+        for place, step in enumerate(TARGETS):
+            checkpoint = step == "train" and TARGETS[:place].count("train") > 0
+            name = step + ("+" if checkpoint or TARGETS.index("train") + 1 < place else "")
+            # In the second cycle what the first one has missed is killed at its beginning.
+            longest = undisturbed.step(step).seconds * (0.3 if step == "train" else 0.8)
+            delay = 0.01 if cycle == 2 and not hit[name] else rng.uniform(0.01, max(0.02, longest))
+            hit[kill_in(killed, step, checkpoint=checkpoint, delay=delay)] += 1
         killed.run()
         journal = killed.journal
         assert journal is not None
@@ -180,6 +230,8 @@ def test_killed_at_random_moments(make_town: Callable[[str], Town]) -> None:
         assert whole.looks() == killed.looks()
         for town in (whole, killed):
             town.go_on_labelling()
+    assert {"train+", "gate+", "register+", "deploy+", "select+", "prelabel+"} <= set(hit), hit
+    assert {"fetch", "check", "train"} & set(hit), hit
 
 
 # --- here -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ from cvat_sdk import Client
 from executioner import Killed
 from miniature import Miniature, looks
 
-from cvat_standin import CvatStandin
+from cvat_standin import CvatStandin, set_state
 from sscloud.bundle import ModelBundle
 from sscloud.errors import ConfigError, CycleError, DeployError
 from sscloud.labels import LabelSchema
 from training import cycle as module
 from training.config import Place, TrainConfig
 from training.cvat import Server, find_account
-from training.cycle import CycleResult, Workspace, open_registry, origin_of, run_cycle
+from training.cycle import CycleResult, held_changes, origin_of, run_cycle
 from training.cycle_config import CycleConfig
 from training.cycle_plan import plan_cycle
 from training.gate import Decision
-from training.journal import STEPS, Journal, read_journals
+from training.journal import STEPS, Journal, StepName, StepRecord, read_journals, write_journal
 from training.manifest import read_manifest
 from training.prelabel import Report
+from training.prelabel_store import PrelabelStore
 from training.registry import Registry
+from training.workspace import Workspace, open_registry
 
 pytestmark = [
     pytest.mark.usefixtures("quick_mlflow_stores"),
@@ -168,7 +170,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_cycle(learned: Street) -> None:
     result: CycleResult = learned.first  # type: ignore[attr-defined]
     assert (result.outcome, result.number, result.champion) == ("accepted", 1, "street v1")
-    assert result.new == 6  # of ten, four are for the test
+    assert result.new == 4  # of ten, four are for the test, and two for validation
     assert result.metrics["miou"] > 0.09  # the trivial answer's
     assert set(result.seconds) == set(STEPS)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["challenger"] == "street v1"
@@ -244,6 +246,7 @@ def test_too_little_to_learn_from(make_street: Callable[..., Street], quick: lis
     result = street.cycle(street.config(min_new=10))
     assert result.outcome == "nothing"
     assert "10 are needed ('min_new')" in result.summary
+    assert f"({6 - result.new} others to validate or test)" in result.summary
     assert read_manifest(street.place.dataset) is not None
     assert not list(street.place.cycles.glob("0*"))
     plan = plan_cycle(street.server, street.root, street.config(min_new=10), quiet=True)
@@ -282,10 +285,12 @@ def test_stopped_and_failed_steps_are_tried_again(ready: Street, quick: list[Tra
     with pytest.raises(KeyboardInterrupt):
         ready.cycle()
     assert ready.states()["deploy"] == "pending"
-    ready.deploy = failing(ZeroDivisionError("a defect"))
-    with pytest.raises(ZeroDivisionError, match="a defect"):
+    ready.deploy = failing(ZeroDivisionError("a defect of http://anna:secret@store"))
+    with pytest.raises(CycleError, match=r"(?s)step deploy: ZeroDivisionError: a defect of http://store .*goes on"):
         ready.cycle()
-    assert ready.journal.step("deploy").error == "ZeroDivisionError: a defect"
+    cause = (ready.place.cycles / "0001" / "traceback.txt").read_text(encoding="utf-8")
+    assert "in deploy\n" in cause
+    assert "secret" not in cause
     ready.deploy = failing(DeployError("Nuclio is away."))
     with pytest.raises(CycleError, match=r"(?s)Cycle 1 failed in its step deploy: Nuclio is away\..*goes on serving"):
         ready.cycle()
@@ -300,6 +305,9 @@ def test_stopped_and_failed_steps_are_tried_again(ready: Street, quick: list[Tra
     other = ready.config(train={**SETTINGS["train"], "epochs": 9}, gate={"margin": 0.5})
     with pytest.raises(ConfigError, match=r"(?s)Cycle 1 is unfinished.*gate was .*; train was .*--restart"):
         ready.cycle(other)
+    plan = plan_cycle(ready.server, ready.root, other, quiet=True)
+    assert [text.split()[0] for text in plan.differing] == ["gate", "train"]
+    assert "would not go on: gate was" in "\n".join(plan.lines())
     journal = ready.place.cycles / "0001" / "journal.json"
     text = journal.read_text(encoding="utf-8")
     journal.write_text(text.replace(ready.server.url, "https://cvat.example.org"), encoding="utf-8")
@@ -310,10 +318,13 @@ def test_stopped_and_failed_steps_are_tried_again(ready: Street, quick: list[Tra
     def deploy_alone(registry: Registry, version: int) -> None:
         with pytest.raises(ConfigError, match=r"Another `sscloud cycle` works in .*process \d+, since"):
             ready.cycle()
+        plan = plan_cycle(ready.server, ready.root, ready.config(), quiet=True)
+        assert "nothing while another `sscloud cycle` works here (process" in "\n".join(plan.lines())
         deploy(registry, version)
 
     ready.deploy = deploy_alone
-    result = ready.cycle(ready.config(select={"count": 0}, device="auto"))  # what is still to come may be changed
+    # What is still to come may be changed.
+    result = ready.cycle(ready.config(select={"count": 0}, device="auto", new_labels=True, function={"name": "unet"}))
     assert (result.champion, result.jobs) == ("street v1", ())
     assert "Going on with cycle 1 at deploy." in ready.said
     assert ready.journal.step("select").error == "no frame was asked for ('select.count' is 0)"
@@ -350,7 +361,7 @@ def test_before_anything_is_learned_settings_are_free(
 
     with monkeypatch.context() as patch:
         patch.setattr("training.train.train", fail)
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(CycleError, match="step train: MemoryError: no room"):
             ready.cycle()
 
     check = module._Cycle._check
@@ -398,13 +409,25 @@ def test_a_champion_that_somebody_else_made(ready: Street, learned: Street, monk
         ready.cycle(config)
     with pytest.raises(CycleError, match="no frame could be pre-labelled; the first one: task 1, frame 0: it"):
         ready.cycle(config)
+
+    handed = set(ready.journal.step("select").facts["jobs"])
+    untouched, opened = ready.people.add_site(6)
+    set_state(ready.client, opened, state="in progress")
+    with PrelabelStore(ready.place.prelabels, server=ready.server.url) as store:
+        for job in (untouched, opened):
+            store.path(job).touch()
     result = ready.cycle(config)
     assert result.outcome == "refused"
-    assert "street v1 became the champion after the gate had compared with none" in result.summary
+    assert (result.champion, result.challenger, result.metrics) == ("street v1", "street v2", {})
+    assert "street v2 was not deployed: the gate compared it with another champion (none" in result.summary
+    assert f"`sscloud models promote 2 --dataset {ready.place.dataset}`" in result.summary
+    assert ready.registry.get(2).against is None
     assert (asked["function"], asked["threshold"], asked["replace_auto"]) == ("unet", 0.25, True)
-    assert set(asked["selection"].jobs) == set(result.jobs)
+    assert set(asked["selection"].jobs) == {*handed, untouched}  # nothing is redrawn under somebody's hands
     assert result.report is not None
-    assert "task 1, frame 0: it is broken" in result.report.read_text(encoding="utf-8")
+    text = result.report.read_text(encoding="utf-8")
+    assert "task 1, frame 0: it is broken" in text
+    assert "Cycle 1: street v2 was not deployed" in text
 
 
 @pytest.mark.parametrize("way", ["jobs", pytest.param("task", marks=pytest.mark.slow)])
@@ -437,6 +460,69 @@ def killing_when(condition: Callable[[Journal], bool]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "write_journal", killing)
         yield
+
+
+# --- an unfinished cycle ----------------------------------------------------------------------------------------------
+
+
+def unfinished(root: Path, *done: StepName, facts: Mapping[StepName, dict[str, Any]]) -> Journal:
+    """A cycle whose training has begun, as it was left in a workspace."""
+    place = Workspace(root)
+    for name in ("config.json", "checkpoints/last.ckpt"):
+        file = place.run(1) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    journal = Journal(number=1, started="2026-01-01T00:00:00+00:00", server="http://cvat", config={"project": 7})
+    for name in done:
+        journal = journal.put(StepRecord(name=name, state="done", facts=facts.get(name, {})))
+    write_journal(place.cycles, journal)
+    return journal
+
+
+def test_an_accepted_model_is_not_forgotten_by_a_restart(tmp_path: Path) -> None:
+    facts: dict[StepName, dict[str, Any]] = {
+        "gate": {"accepted": True},
+        "register": {"version": 3, "title": "street v3"},
+    }
+    unfinished(tmp_path, "train", "gate", "register", facts=facts)
+    said: list[str] = []
+    module._begin(Workspace(tmp_path), "http://cvat", CycleConfig(project=7), restart=True, say=said.append)
+    (line,) = said
+    assert line.startswith("Cycle 1 is given up. The gate accepted its model, street v3, and it was not deployed")
+    assert "`sscloud models promote 3`" in line
+    for accepted, done in ((False, ("train", "gate", "register")), (True, ("train", "gate", "register", "deploy"))):
+        journal = unfinished(tmp_path, *done, facts={**facts, "gate": {"accepted": accepted}})
+        assert module._stranded(journal) == ""
+
+
+def test_what_an_unfinished_cycle_holds_on_to(tmp_path: Path) -> None:
+    place, begun = Workspace(tmp_path), CycleConfig(project=7)
+    journal = unfinished(tmp_path, facts={})  # settings that its journal lacks were the defaults
+    assert held_changes(place, journal, "http://cvat", begun) == []
+    free = dataclasses.replace(
+        begun, max_hours=3.0, new_labels=True, function={"name": "unet"}, device="cpu", min_new=9
+    )
+    assert held_changes(place, journal, "http://cvat", free) == []
+    journal = journal.put(StepRecord(name="train", state="done"))
+    assert held_changes(place, journal, "http://cvat", free) == ["max_hours was None, not 3.0"]
+    journal = journal.put(StepRecord(name="deploy", state="done"))
+    changed = held_changes(place, journal, "http://other", free)
+    assert [text.split()[0] for text in changed] == ["the", "function", "max_hours", "new_labels"]
+
+
+def test_a_plan_downloads_nothing_into_the_workspace(
+    tmp_path: Path, learned: Street, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[Path] = []
+    real = Registry.__init__
+
+    def note(self: Registry, uri: str, *, name: str, cache: Path) -> None:
+        caches.append(cache)
+        real(self, uri, name=name, cache=cache)
+
+    monkeypatch.setattr(Registry, "__init__", note)
+    plan_cycle(learned.server, learned.root, learned.config(), quiet=True)
+    assert [cache.is_relative_to(learned.root) for cache in caches] == [False]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
