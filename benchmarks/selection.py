@@ -7,8 +7,10 @@ of other places. Four panoramas of one street are labelled at first, as work beg
 strategy chooses more, the truth of the scene labels them, and the network goes on learning from all that is labelled,
 as in the loop, with the same recipe and the same number of steps for all, and is measured on scenes of other places by
 one confusion matrix. Strategies take turns: all of them with the first seed, then with the second; with one seed they
-share the pool, the first panoramas and the first network. A table and a curve with the spread over the seeds are
-printed, and how many panoramas each needs to reach what random choice reaches at the end.
+share the pool, the first panoramas and the first network. "novelty only" takes every panorama for equally uncertain,
+and "score only" does not mind copies: they tell which part of a strategy does the work. A table and a curve with the
+spread over the seeds are printed, how many panoramas each needs to reach what random choice reaches at the end, and by
+how much it is better with the same seed; intervals are of a bootstrap over the seeds.
 """
 
 import argparse
@@ -51,10 +53,30 @@ STREETS: Sequence[tuple[str, int]] = (("street", 10), ("street", 8), ("suburb", 
 SINGLES: Mapping[str, int] = {"street": 3, "suburb": 3, "yard": 5}
 """Places of each kind that were scanned once."""
 RANDOM = "random"
-STRATEGIES: Mapping[str, Measure | None] = {RANDOM: None, "entropy": "entropy", "information": "information"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """How panoramas are chosen."""
+
+    measure: Measure | None
+    """Of the score; None: all have the same."""
+    novelty: bool
+    """Whether what is like a labelled or a chosen one counts less."""
+
+
+STRATEGIES: Mapping[str, Strategy | None] = {
+    RANDOM: None,
+    "novelty only": Strategy(measure=None, novelty=True),
+    "score only": Strategy(measure="entropy", novelty=False),
+    "entropy": Strategy(measure="entropy", novelty=True),
+    "information": Strategy(measure="information", novelty=True),
+}
+DRAWS, LEVEL = 10_000, 0.95
+"""Of the bootstrap."""
+COLORS = ("#777777", "#2a9d5c", "#b8860b", "#2364aa", "#d1495b")
+"""In the curve, of the strategies in their order."""
 _BATCH, _PEAK = 2, 3e-3
-_ALL_NOVEL = 1e-3
-"""Bandwidth at which nothing is like anything else: choice by score alone."""
 
 Result = dict[str, Any]
 
@@ -81,7 +103,6 @@ def main() -> None:
     )
     parser.add_argument("--unseen", type=int, default=18, metavar="N", help="scenes to measure on (default: 18)")
     parser.add_argument("--only", default="random,entropy", metavar="NAME,NAME", help=f"of {', '.join(STRATEGIES)}")
-    parser.add_argument("--no-novelty", action="store_true", help="choose by score alone")
     parser.add_argument("--json", action="store_true", help="print all results as JSON in the last line")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="write the curve there, as selection.svg")
     args = parser.parse_args()
@@ -96,7 +117,6 @@ def main() -> None:
         count=args.count,
         steps=args.steps,
         unseen=args.unseen,
-        novelty=not args.no_novelty,
         say=lambda text: print(text, flush=True),
     )
     found = summary(runs, count=args.count)
@@ -122,7 +142,6 @@ def simulate(
     count: int,
     steps: int,
     unseen: int,
-    novelty: bool = True,
     say: Callable[[str], object] = lambda _: None,
 ) -> dict[str, list[list[float]]]:
     """Strategy → a list a seed of the mIoU after every round, the first before any choice."""
@@ -141,11 +160,11 @@ def simulate(
                 for number in range(1, rounds + 1):
                     began = time.perf_counter()
                     left = [i for i in order if i not in labelled]
-                    kind = STRATEGIES[name]
-                    if kind is None:
+                    strategy = STRATEGIES[name]
+                    if strategy is None:
                         labelled += left[:count]
                     else:
-                        labelled += choose(pool, sorted(left), bundle, labelled, kind, count=count, novelty=novelty)
+                        labelled += choose(pool, left, bundle, labelled, strategy, count=count)
                     learned = [pool[i] for i in labelled]
                     bundle = fit(learned, Path(folder) / f"{name}-{number}", seed=seed, steps=steps, load=bundle)
                     found.append(measure(bundle, test))
@@ -155,6 +174,7 @@ def simulate(
                         f"mIoU {found[-1]:.3f}  {time.perf_counter() - began:.0f} s"
                     )
                 runs[name].append(found)
+                say(f"seed {seed}  {name:12}  {json.dumps([round(miou, 5) for miou in found])}")
     return runs
 
 
@@ -185,21 +205,23 @@ def choose(
     left: Sequence[int],
     bundle: ModelBundle,
     labelled: Sequence[int],
-    kind: Measure,
+    strategy: Strategy,
     *,
     count: int,
-    novelty: bool,
 ) -> list[int]:
-    """What `training.acquisition.rank` chooses, from scans in memory."""
+    """What `training.acquisition.rank` chooses, from scans in memory; of equal ones the first ones of `left`."""
     counts = sum(np.bincount(pool[i].label_map.ravel(), minlength=256) for i in labelled)
     shares = {label_id: float(pixels) for label_id, pixels in enumerate(counts)}
-    jury = Jury([bundle], shares=shares, device="cpu", measure=kind)
+    jury = Jury([bundle], shares=shares, device="cpu", measure=strategy.measure or "entropy")
     looks = [jury.look(pool[i].image) for i in left]
+    scores = np.array([look.score for look in looks]) if strategy.measure is not None else np.ones(len(looks))
+    if not strategy.novelty:
+        return [left[index] for index in np.argsort(-scores, kind="stable")[:count]]
     picks = pick(
-        np.array([look.score for look in looks]),
+        scores,
         np.array([look.description for look in looks]),
         count=count,
-        **({} if novelty else {"bandwidth": _ALL_NOVEL}),
+        known=np.array([jury.look(pool[i].image).description for i in labelled]),
     )
     return [left[index] for index, _ in picks]
 
@@ -286,6 +308,35 @@ def summary(runs: Mapping[str, Sequence[Sequence[float]]], *, count: int) -> Res
         "seeds": len(curves[RANDOM]),
         "target": target,
         "needed": {name: needed(labelled, curve.mean(axis=0).tolist(), target) for name, curve in curves.items()},
+        "gain": {
+            name: float((curve - curves[RANDOM])[:, 1:].mean()) for name, curve in curves.items() if name != RANDOM
+        },
+        "intervals": {
+            name: intervals(curve, curves[RANDOM], labelled) for name, curve in curves.items() if name != RANDOM
+        },
+    }
+
+
+def intervals(curve: NDArray[np.float64], random: NDArray[np.float64], labelled: Sequence[int]) -> Result:
+    """A bootstrap over the seeds: both curves of a seed are drawn together, so what the seeds have in common cancels.
+
+    Args:
+        curve: (S, R) mIoU of every seed after every round.
+        random: (S, R) the same of random choice.
+        labelled: R numbers of panoramas.
+
+    Returns:
+        `needed`: bounds of the panoramas that reach what random choice reaches at its end, None where more are needed
+        than there are; `gain`: bounds of the mean difference of the rounds.
+    """
+    drawn = np.random.default_rng(0).integers(0, len(curve), (DRAWS, len(curve)))
+    means, others = curve[drawn].mean(axis=1), random[drawn].mean(axis=1)
+    counts = [needed(labelled, mean, other[-1]) for mean, other in zip(means.tolist(), others, strict=True)]
+    bounds = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+    found = np.quantile([np.inf if n is None else n for n in counts], bounds, method="inverted_cdf")
+    return {
+        "needed": [float(bound) if np.isfinite(bound) else None for bound in found],
+        "gain": np.quantile((means - others)[:, 1:].mean(axis=1), bounds).tolist(),
     }
 
 
@@ -307,9 +358,12 @@ def needed_lines(found: Result) -> list[str]:
     for name, count in found["needed"].items():
         if name != RANDOM:
             reached = "not reached" if count is None else f"reached with {count:.1f} panoramas"
+            between = [f"more than {last}" if n is None else f"{n:.1f}" for n in found["intervals"][name]["needed"]]
+            low, high = found["intervals"][name]["gain"]
             lines.append(
-                f"- {name}: {reached}; the mean of its rounds is above random's for {found['better'][name]} of "
-                f"{found['seeds']} seeds"
+                f"- {name}: {reached} ({LEVEL:.0%} interval {between[0]} to {between[1]}); the mean of its rounds is "
+                f"{found['gain'][name]:+.3f} from random's ({low:+.3f} to {high:+.3f}), above it for "
+                f"{found['better'][name]} of {found['seeds']} seeds"
             )
     return lines
 
@@ -339,7 +393,7 @@ def curve(found: Result) -> str:
         return f"{x:.1f},{y:.1f}"
 
     parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
-    for name, color in zip(found["mean"], ("#777777", "#2364aa", "#d1495b"), strict=False):
+    for name, color in zip(found["mean"], COLORS, strict=False):
         mean, spread = found["mean"][name], found["spread"][name]
         upper = [place(n, m + s) for n, m, s in zip(labelled, mean, spread, strict=True)]
         lower = [place(n, m - s) for n, m, s in zip(labelled, mean, spread, strict=True)]

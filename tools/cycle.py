@@ -92,8 +92,16 @@ def deployer(workspace: Path, config: CycleConfig, say: Callable[[str], None]) -
     """
     update, volume = function_update(config), Workspace(workspace.resolve()).served
 
-    def deploy(registry: Registry, version: int) -> None:
-        found = promote(registry, version, volume=volume, function=update, say=say, new_labels=config.new_labels)
+    def deploy(registry: Registry, version: int, *, expected: int | None) -> None:
+        found = promote(
+            registry,
+            version,
+            volume=volume,
+            function=update,
+            say=say,
+            new_labels=config.new_labels,
+            expected=expected,
+        )
         for note in found.notes:
             say(note)
 

@@ -15,16 +15,20 @@ cos-latitude weights a, mean probabilities p_c and weights w_c of the classes, a
     score = sum over pixels a * U * (sum over c of p_c * w_c)  /  sum over pixels a        (pixels with a return only)
 
 The panoramas with the largest scores are often scans of one place from one step aside. So they are chosen one after the
-other, by score * novelty. Novelty is the part of a panorama's description that those already chosen do not explain: the
-variance that is left to a Gaussian process with the kernel exp(-d²/2s²) over descriptions after it was observed at
-those, 1 for something new and 0 for a copy. That is the greedy search for the most likely set of a determinantal point
-process whose kernel is weighed by the roots of the scores (A. Kulesza and B. Taskar, "Determinantal Point Processes for
-Machine Learning", 2012; L. Chen et al., "Fast Greedy MAP Inference for Determinantal Point Process", 2018).
+other, by score * novelty. Novelty is the part of a panorama's description that those already chosen, and those that are
+labelled or handed out, do not explain: the variance that is left to a Gaussian process with the kernel exp(-d²/2s²)
+over descriptions after it was observed at those, 1 for something new and 0 for a copy. That is the greedy search for
+the most likely set of a determinantal point process whose kernel is weighed by the roots of the scores (A. Kulesza and
+B. Taskar, "Determinantal Point Processes for Machine Learning", 2012; L. Chen et al., "Fast Greedy MAP Inference for
+Determinantal Point Process", 2018).
+
+In the simulation of benchmarks/selection.md it is novelty that does most; what the score adds to it was not to be seen.
 
 A description says which classes are seen at which elevation and how they are spread around the scanner, in amplitudes
 of the Fourier series over the azimuth: these do not change when the scanner is turned, or the scene mirrored.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -40,18 +44,22 @@ from tqdm import tqdm
 
 from sscloud.ahead import Ahead
 from sscloud.bundle import Manifest, ModelBundle
-from sscloud.errors import ConfigError, ImageError
+from sscloud.errors import ConfigError, ImageError, ServerError
 from sscloud.image import decode_image, no_return
 from sscloud.inference import Forward, make_forward, network_input
 from sscloud.labels import LabelSchema
 from sscloud.turns import TurnedForward
 from sscloud.upsample import softmax
 from training.latitude import row_weights
+from training.prelabel import is_gone
 from training.selection_page import draw
 
 log = logging.getLogger(__name__)
 
 Measure = Literal["information", "entropy"]
+
+Stopping = Callable[[], contextlib.AbstractContextManager[object]]
+"""Makes what reads files give up while the context is entered."""
 
 TURNS: Final = 4
 HEAVIEST: Final = 8.0
@@ -59,14 +67,16 @@ HEAVIEST: Final = 8.0
 BANDWIDTH: Final = 0.25
 """s of the kernel: descriptions this far apart are half strangers."""
 LEAST_NOVELTY: Final = 0.02
-"""A panorama that has less of its own is a scan of what was chosen already."""
+"""A panorama to which the chosen ones leave a smaller part of its novelty is a scan of one of them."""
+_LEAST_VARIANCE = 1e-9
+"""Below it, rounding is all that is left of a variance."""
 _BANDS, _WAVES = 6, 6
 """Of a description: bands of elevation, and terms of the Fourier series beside the constant one."""
 _MOST_PIXELS = 1 << 20
 """Of a panorama that are looked at; of larger ones every n-th."""
 _FOCUS = 16
 """Parts of a panorama's height in which the place that is shown to people is looked for."""
-_UNSURE = 0.5
+_UNLIKE = 0.5
 """Novelty above which a panorama is called unlike the others."""
 
 
@@ -150,12 +160,15 @@ def rank(
     *,
     count: int,
     shares: Mapping[int, float] | None,
+    known: Iterable[PoolFrame] = (),
     seed: int = 0,
     device: str = "auto",
     turns: int = TURNS,
     picture: Callable[[str, bytes], None] | None = None,
     measure: Measure = "entropy",
     skipped: list[str] | None = None,
+    failed: list[str] | None = None,
+    stopping: Stopping = contextlib.nullcontext,
     quiet: bool = False,
 ) -> list[Choice]:
     """Choose what to label next.
@@ -165,12 +178,15 @@ def rank(
         bundles: the model, and others with the same labels if there are any, whose opinions count alike.
         count: how many to choose; fewer where the rest of the pool shows what the chosen ones show.
         shares: label id → share of the labelled pixels, 0 to 1; None: no class is rare.
+        known: what is labelled or handed out already, and like which nothing needs to be chosen; looked at, too.
         seed: decides between equal ones.
         device: `auto`, `cpu`, `cuda`, …
         turns: opinions of each network.
         picture: told of a JPEG for every choice, by its place: `01`, `02`, …
         measure: what is summed up in the score.
-        skipped: told what was left out, a sentence each.
+        skipped: told what was left out with good reason, a sentence each.
+        failed: told what could not be looked at, a sentence each.
+        stopping: entered on the way out, where it has to end what still reads a file: `Server.stopping`.
         quiet: no progress bar.
 
     Returns:
@@ -182,11 +198,14 @@ def rank(
     """
     jury = Jury(bundles, shares=shares, device=device, turns=turns, measure=measure)
     skipped = [] if skipped is None else skipped
-    candidates = look_at(pool, jury, skipped=skipped, quiet=quiet)
+    failed = [] if failed is None else failed
+    candidates = look_at(pool, jury, skipped=skipped, failed=failed, stopping=stopping, quiet=quiet)
+    seen = look_at(known, jury, skipped=[], failed=skipped, stopping=stopping, quiet=quiet) if candidates else []
     picks = pick(
         np.array([candidate.look.score for candidate in candidates]),
         np.array([candidate.look.description for candidate in candidates]),
         count=count,
+        known=np.array([other.look.description for other in seen]) if seen else None,
         seed=seed,
     )
     left = min(count, len(candidates)) - len(picks)
@@ -212,17 +231,43 @@ def rank(
         )
     if picture is not None:
         for place, choice in enumerate(choices, 1):
-            picture(f"{place:02d}", draw(choice, jury))
+            try:
+                picture(f"{place:02d}", draw(choice, jury))
+            except (ImageError, ServerError, OSError) as error:
+                if isinstance(error, ServerError) and is_gone(error):
+                    raise
+                failed.append(f"{choice.frame.title} has no picture: {error}")
     return choices
 
 
-def look_at(pool: Iterable[PoolFrame], jury: "Jury", *, skipped: list[str], quiet: bool = False) -> list[Candidate]:
-    """Look at every panorama of a pool once; identical files are one."""
+def look_at(
+    pool: Iterable[PoolFrame],
+    jury: "Jury",
+    *,
+    skipped: list[str],
+    failed: list[str],
+    stopping: Stopping = contextlib.nullcontext,
+    quiet: bool = False,
+) -> list[Candidate]:
+    """Look at every panorama of a pool once; identical files are one.
+
+    Args:
+        pool: the panoramas.
+        jury: looks.
+        skipped: told of copies.
+        failed: told of what could not be looked at.
+        stopping: see `rank`.
+        quiet: no progress bar.
+
+    Raises:
+        ServerError: the server cannot be reached any more.
+    """
     frames = list(pool)
     candidates: list[Candidate] = []
     seen: dict[str, int] = {}
     copies = done = 0
-    with Ahead[int, bytes](lambda place: frames[place].read()) as files:
+    files = Ahead[int, bytes](lambda place: frames[place].read())
+    try:
         for place in tqdm(range(len(frames)), "Looking", unit="img", disable=quiet or None):
             frame = frames[place]
             try:
@@ -236,11 +281,16 @@ def look_at(pool: Iterable[PoolFrame], jury: "Jury", *, skipped: list[str], quie
                 del data
                 candidate = Candidate(frame=frame, sha256=digest, size_hw=image.shape[:2], look=jury.look(image))
                 del image
-            except (ImageError, OSError) as error:
-                skipped.append(f"{frame.title}: {error}")
+            except (ImageError, ServerError, OSError) as error:
+                if isinstance(error, ServerError) and is_gone(error):
+                    raise
+                failed.append(f"{frame.title}: {error}")
                 continue
             seen[digest] = place
             candidates.append(candidate)
+    finally:
+        with stopping():
+            files.close()
     if done:
         skipped.append(f"{done} of the pool are files that were labelled or handed out before")
     if copies:
@@ -513,22 +563,26 @@ def pick(
     descriptions: NDArray[np.float64],
     *,
     count: int,
+    known: NDArray[np.float64] | None = None,
     seed: int = 0,
     bandwidth: float = BANDWIDTH,
 ) -> list[tuple[int, float]]:
     """Choose by score and novelty, one after the other; see the module.
 
-    The conditional variances follow from an incomplete Cholesky factorisation that grows by a column a choice.
+    The conditional variances follow from an incomplete Cholesky factorisation that grows by a column an observation.
 
     Args:
         scores: (N,).
         descriptions: (N, D).
         count: how many.
+        known: (M, D) descriptions of what is labelled or handed out, which the chosen ones should differ from.
         seed: decides between equal ones.
         bandwidth: of the kernel.
 
     Returns:
-        Index and novelty of each, in the order of choice; without those that have less than `LEAST_NOVELTY`.
+        Index and novelty of each, in the order of choice; without those whose novelty the choices before them have
+        brought below `LEAST_NOVELTY` of what it was. What is known only lowers it: where everything is much like what
+        is labelled, the least alike is still chosen.
 
     Raises:
         ConfigError: a count below 1.
@@ -539,21 +593,35 @@ def pick(
     if number == 0:
         return []
     tie = np.random.default_rng(seed).permutation(number)
-    novelty = np.ones(number)
-    factor = np.zeros((min(count, number), number))
+    known = np.empty((0, descriptions.shape[1])) if known is None else known
+    points = np.concatenate([descriptions, known])
+    variance = np.ones(len(points))
+    factor = np.zeros((min(count, number) + len(known), len(points)))
+    rows = 0
+
+    def observe(index: int) -> None:
+        nonlocal rows
+        distance = np.square(points - points[index]).sum(axis=1)
+        kernel = np.exp(-distance / (2 * bandwidth**2))
+        factor[rows] = (kernel - factor[:rows].T @ factor[:rows, index]) / math.sqrt(variance[index])
+        np.clip(variance - factor[rows] ** 2, _LEAST_VARIANCE, 1.0, out=variance)
+        rows += 1
+
+    for index in range(number, len(points)):
+        if variance[index] > LEAST_NOVELTY:  # others say nearly all that this one would
+            observe(index)
+    left = variance[:number].copy()
     free = np.ones(number, bool)
     picks: list[tuple[int, float]] = []
-    for step in range(min(count, number)):
-        gain = np.where(free & (novelty >= LEAST_NOVELTY), scores * novelty, -np.inf)
+    for _ in range(min(count, number)):
+        novelty = variance[:number]
+        gain = np.where(free & (novelty >= LEAST_NOVELTY * left), scores * novelty, -np.inf)
         best = max(range(number), key=lambda i: (gain[i], -tie[i]))
         if not math.isfinite(gain[best]):
             break
         picks.append((best, float(novelty[best])))
         free[best] = False
-        distance = np.square(descriptions - descriptions[best]).sum(axis=1)
-        kernel = np.exp(-distance / (2 * bandwidth**2))
-        factor[step] = (kernel - factor[:step].T @ factor[:step, best]) / math.sqrt(max(novelty[best], 1e-12))
-        novelty = np.clip(novelty - factor[step] ** 2, 0.0, 1.0)
+        observe(best)
     return picks
 
 
@@ -572,6 +640,6 @@ def explain(look: Look, jury: Jury, *, novelty: float, first: bool) -> str:
         text += f"; {' and '.join(rare)} {'is' if len(rare) == 1 else 'are'} rare in what is labelled"
     if first:
         text += "; the most instructive of all"
-    elif novelty >= _UNSURE:
-        text += "; unlike those chosen before"
+    elif novelty >= _UNLIKE:
+        text += "; unlike those chosen or labelled before"
     return text + "."

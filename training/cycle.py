@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from sscloud.bundle import ModelBundle
 from sscloud.errors import ConfigError, CycleError, DatasetError, ServerError, SSCloudError, UnreachableError
@@ -41,7 +41,7 @@ from training.effort_summary import percent
 from training.export import BUNDLE, METRICS
 from training.fetch import fetch
 from training.gate import PAGE as GATE_PAGE
-from training.gate import Decision, decide, test_part, write_gate_page
+from training.gate import Decision, decide, test_part, too_few_groups, write_gate_page
 from training.handout import hand_out
 from training.journal import (
     STEPS,
@@ -94,8 +94,13 @@ _HELD_FROM: Final[Mapping[str, StepName]] = {
 _NOT_HELD: Final = frozenset({"device", "min_new"})
 
 Say = Callable[[str], None]
-Deploy = Callable[[Registry, int], object]
-"""Makes a version the champion that is served: the alias and what the function reads. Called again after a kill."""
+
+
+class Deploy(Protocol):
+    """Makes a version the champion that is served: the alias and what the function reads."""
+
+    def __call__(self, registry: Registry, version: int, *, expected: int | None) -> object:
+        """Do it, again after a kill; refuse where the champion is no longer the one that was `expected`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -457,6 +462,8 @@ class _Cycle:
                 "('group_by': image, or a regular expression that finds the site in the file name)."
             )
         test = test_part(self._place.dataset, labels=self._place.schema_file(self._config))
+        if self._registry.champion() is not None and (why := too_few_groups(test, self._config.gate)) is not None:
+            raise DatasetError(why)
         # What is new for the next cycle is counted from here.
         pairs = sorted([item.image_sha256, item.mask_sha256, str(item.split)] for item in manifest.items)
         atomic_write(self._folder / FRAMES, json.dumps(pairs).encode())
@@ -562,6 +569,7 @@ class _Cycle:
                 rules=self._config.gate,
                 device=self._config.device,
                 picture=pictures.__setitem__,
+                earlier=self._registry.former_champions(),
             ),
             f"The model of cycle {self._journal.number}",
         )
@@ -606,7 +614,7 @@ class _Cycle:
                 f"{self._place.dataset}` asks the gate again",
                 champion=serving,
             )
-        self._deploy(self._registry, version.version)
+        self._deploy(self._registry, version.version, expected=None if champion is None else champion.version)
         return {
             "champion": version.title,
             "text": f"{version.title} is the champion now" + (f", in place of {against}" if against else ""),

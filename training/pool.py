@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from tqdm import tqdm
 
 from training.acquisition import PoolFrame
@@ -67,6 +68,7 @@ def server_pool(
     *,
     project: int,
     labelled: Collection[str] = (),
+    marks: Sequence[Mark] | None = None,
     left_out: Counter[str] | None = None,
     quiet: bool = True,
 ) -> list[PoolFrame]:
@@ -80,6 +82,7 @@ def server_pool(
         store: what this program drew.
         project: number of the project.
         labelled: sha256 of images that are labelled already, in a data set perhaps.
+        marks: of the project, where they were looked up already.
         left_out: told why frames are not in the pool: reason → frames.
         quiet: no progress bar.
 
@@ -93,7 +96,7 @@ def server_pool(
     left_out = Counter() if left_out is None else left_out
     server.project(project)
     tasks = server.tasks(project)
-    marks = find_marks(server, tasks)
+    marks = find_marks(server, tasks) if marks is None else marks
     taken = frozenset(labelled) | {mark.sha256 for mark in marks}
     given = {(mark.task, mark.frame) for mark in marks}
     pool = []
@@ -194,6 +197,50 @@ def folder_pool(images: Iterable[Path], *, taken: Collection[str] = ()) -> list[
     """
     known = frozenset(taken)
     return [PoolFrame(name=path.name, read=path.read_bytes, path=path, taken=known) for path in sorted(images)]
+
+
+def known_frames(
+    server: Server,
+    marks: Iterable[Mark],
+    manifest: Manifest | None,
+    images: Path,
+    *,
+    most: int,
+    tasks: Collection[int] = (),
+    seed: int = 0,
+) -> list[PoolFrame]:
+    """What the next choices should differ from: what was handed out, then what is labelled, without the test's.
+
+    Every one has to be looked at, so of many there is a sample: what was handed out last, then panoramas of the tasks
+    that the pool is in, which may show the same places, then others.
+
+    Args:
+        server: logged in.
+        marks: of the project.
+        manifest: of the data set; None: there is none.
+        images: the data set's folder of images.
+        most: how many at most.
+        tasks: that the pool is in.
+        seed: of the sample.
+    """
+    items = [item for item in manifest.items if item.split != "test"] if manifest is not None else []
+    in_set = {item.image_sha256 for item in manifest.items} if manifest is not None else set()
+    waiting = {mark.sha256: mark for mark in marks if mark.sha256 not in in_set}
+    newest = sorted(waiting.values(), key=lambda mark: (mark.task, mark.job, mark.frame), reverse=True)
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    near = sorted(order, key=lambda place: items[place].source.get("task") not in tasks)
+    handed = [
+        PoolFrame(
+            name=f"handed out, job {mark.job}",
+            read=partial(server.image, mark.task, mark.frame),
+            task=mark.task,
+            job=mark.job,
+            number=mark.frame,
+        )
+        for mark in newest[:most]
+    ]
+    labelled = folder_pool(images / items[place].image for place in near[: most - len(handed)])
+    return handed + labelled
 
 
 def labelled_images(manifest: Manifest) -> tuple[dict[int, float], frozenset[str]]:

@@ -8,7 +8,7 @@ FOLDER/
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -40,8 +40,12 @@ class Selection:
     models: tuple[str, ...]
     """Titles, the one that pre-labels first."""
     choices: tuple[Choice, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it was asked for by, beside the above: JSON values by the names of `sscloud select`'s flags."""
     left_out: tuple[str, ...] = ()
-    """Why panoramas were not looked at, a sentence each."""
+    """Why panoramas were left out, a sentence each."""
+    failed: tuple[str, ...] = ()
+    """Panoramas that could not be looked at, a sentence each."""
     dry_run: bool = False
     """Chosen to be looked at, not to be handed out."""
     handout: Handout | None = None
@@ -55,7 +59,9 @@ class Selection:
             **{name: getattr(self, name) for name in ("name", "server", "project", "way", "assignee")},
             "models": list(self.models),
             "choices": [_choice_to_dict(choice) for choice in self.choices],
+            "settings": dict(self.settings),
             "left_out": list(self.left_out),
+            "failed": list(self.failed),
             "dry_run": self.dry_run,
             "handout": None
             if handed is None
@@ -96,7 +102,9 @@ def read_selection(folder: Path, server: Server) -> Selection | None:
             assignee=None if data["assignee"] is None else str(data["assignee"]),
             models=tuple(map(str, data["models"])),
             choices=tuple(_choice(entry, server) for entry in data["choices"]),
+            settings=dict(data.get("settings", {})),
             left_out=tuple(map(str, data["left_out"])),
+            failed=tuple(map(str, data.get("failed", ()))),
             dry_run=data["dry_run"] is True,
             handout=None if handed is None else _handout(handed, str(data["name"])),
             prelabelled=data["prelabelled"] is True,
@@ -110,25 +118,30 @@ def read_selection(folder: Path, server: Server) -> Selection | None:
         ) from error
 
 
-def begin_folder(workspace: Path) -> Path:
-    """The folder of the next selection of a workspace, or of the last one if that was stopped before its end."""
+def begin_folder(workspace: Path, *, dry_run: bool = False) -> Path:
+    """The folder of the next selection of a workspace, or of the last one that was stopped before its end.
+
+    Args:
+        workspace: of the loop.
+        dry_run: never one that was stopped.
+    """
     root = workspace / "selections"
     numbers = sorted(int(path.name) for path in root.glob("[0-9]*") if path.name.isascii() and path.name.isdigit())
-    last = root / f"{numbers[-1]:04d}" if numbers else None
-    if last is not None and not is_over(last):
-        return last
-    return root / f"{(numbers[-1] if numbers else 0) + 1:04d}"
+    stopped = [root / f"{number:04d}" for number in numbers if is_stopped(root / f"{number:04d}")]
+    if stopped and not dry_run:
+        return stopped[-1]
+    last = numbers[-1] if numbers else 0
+    begun = last > 0 and not (root / f"{last:04d}" / RECORD).exists()  # killed before anything was chosen
+    return root / f"{last if begun else last + 1:04d}"
 
 
-def is_over(folder: Path) -> bool:
-    """Whether a selection has come to its end; a damaged one has, for whoever looks for unfinished ones."""
+def is_stopped(folder: Path) -> bool:
+    """Whether a selection was written down and has not come to its end; a damaged one has, as nobody can go on."""
     try:
         data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return bool(data["dry_run"] or data["prelabelled"])
-    except FileNotFoundError:
-        return False
+        return bool(data["choices"]) and not (data["dry_run"] or data["prelabelled"])
     except (OSError, ValueError, KeyError, TypeError):
-        return True
+        return False
 
 
 def _choice_to_dict(choice: Choice) -> dict[str, Any]:

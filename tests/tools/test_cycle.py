@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
     "test": 34,
     "train": {"epochs": 6, "scale": 0.5, "base_width": 4, "learning_rate": 0.03, "seed": 1},
     "finetune": {"epochs": 2, "learning_rate": 0.01},
+    "gate": {"min_groups": 2},
     "select": {"count": 2},
 }
 

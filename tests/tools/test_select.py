@@ -16,7 +16,7 @@ import pytest
 from cvat_sdk import Client
 from PIL import Image
 
-from cvat_standin import CvatStandin, Slow, job_shapes, jobs_of, make_task
+from cvat_standin import CvatStandin, Slow, Status, job_shapes, jobs_of, make_task, set_state
 from sscloud.bundle import Manifest, ModelBundle
 from sscloud.checkpoint import save_bundle
 from sscloud.frame import Azimuth
@@ -24,6 +24,7 @@ from sscloud.labels import LabelSchema
 from sscloud.unet import UNet
 from tools.cli import main
 from training.handout import hand_out
+from training.prelabel import Report
 from training.selection import begin_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +114,8 @@ def test_chooses_explains_hands_out_and_pre_labels(street: Street, capsys: pytes
     assert "2 frames handed out before" in again["left_out"]
     # And then there are none.
     assert main(street.arguments()) == 2
-    assert "can be chosen (frames left out: 4 handed out before)" in capsys.readouterr().err
+    assert "can be chosen: 4 frames handed out before." in capsys.readouterr().err
+    assert not street.folder(3).exists()
 
 
 def test_a_dry_run_changes_nothing_on_the_server(street: Street, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,12 +152,23 @@ def test_a_killed_selection_goes_on_with_its_choices(
     for name, value in street.cvat.site.environment().items():
         monkeypatch.setenv(name, value)
 
-    other = [
-        argument if argument != str(street.project) else str(street.project + 1) for argument in street.arguments()
-    ]
-    assert main(other) == 2
-    assert f"holds a selection of project {street.project} that was stopped" in capsys.readouterr().err
-    assert main(street.arguments()) == 0
+    for more, message in (
+        (["--project", "77"], f"--project was {street.project}, not 77"),
+        (["--count", "3"], "--count was 2, not 3"),
+        (["--assignee", "anna"], "--assignee was None, not 'anna'"),
+        (["--way", "jobs"], "--way was 'task', not 'jobs'"),
+        (["--no-prelabel"], "--no-prelabel was False, not True"),
+        (["--threshold", "0.5"], "--threshold was 0.0, not 0.5"),
+        (["--dry-run", "-o", str(street.folder())], "--dry-run goes on with nothing"),
+    ):
+        assert main(street.arguments("--way", "task", *more)) == 2
+        assert message in capsys.readouterr().err
+    before = len(street.cvat.store.issues), street.drawn()
+    assert main(street.arguments("--way", "task", "--dry-run", "--count", "1")) == 0
+    assert (len(street.cvat.store.issues), street.drawn()) == before
+    assert street.record() == chosen
+    assert street.record(2)["dry_run"]
+    assert main(street.arguments("--way", "task")) == 0
 
     assert "Going on with To label " in capsys.readouterr().err
     done = street.record()
@@ -165,7 +178,85 @@ def test_a_killed_selection_goes_on_with_its_choices(
     assert done["handout"]["task"] == new.id
     assert [frame.name for frame in new.frames] == sorted(choice["name"] for choice in done["choices"])
     assert all(job_shapes(street.client, job) for job in done["handout"]["jobs"])
-    assert not (street.folder(2)).exists()
+    assert not (street.folder(3)).exists()
+
+
+def test_a_stopped_selection_is_drawn_by_the_model_that_chose(
+    street: Street,
+    tmp_path: Path,
+    make_unet: Callable[..., UNet],
+    make_manifest: Callable[..., Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = save_bundle(tmp_path / "other", make_unet(), make_manifest(make_unet().architecture, version=9))
+    with monkeypatch.context() as patch:
+        patch.setattr("training.prelabel.prelabel", stop)
+        assert main(street.arguments()) == 130
+
+    assert main([str(other.path) if each == str(street.bundle.path) else each for each in street.arguments()]) == 2
+
+    assert "is to be pre-labelled by Улица v3" in capsys.readouterr().err
+    assert street.drawn() == []
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_failed_pre_labels_are_tried_again(
+    street: Street, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: Any, report: Report, **__: Any) -> None:
+        report.failed.append("task 1, frame 2: too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.prelabel.prelabel", failing)
+        assert main(street.arguments()) == 1
+
+    assert "The same command tries to pre-label these once more." in capsys.readouterr().err
+    assert not street.record()["prelabelled"]
+    assert main(street.arguments()) == 0
+    assert street.drawn() == street.record()["handout"]["jobs"]
+
+
+def test_an_unreadable_frame_is_left_out_and_said(street: Street, capsys: pytest.CaptureFixture[str]) -> None:
+    street.cvat.store.tasks[street.task].frames[1].data = b"no picture"
+    street.cvat.fail("GET", r"/data/$", Status(404), times=None, before=True, query={"number": "2"})
+
+    assert main(street.arguments("--count", "4", "--dry-run")) == 1
+
+    assert [choice["number"] for choice in street.record()["choices"]] in ([0, 3], [3, 0])
+    said = capsys.readouterr().err
+    assert f"not looked at: 1.png (task {street.task}, frame 1): " in said
+    assert f"not looked at: 2.png (task {street.task}, frame 2): " in said
+
+
+def test_ctrl_c_does_not_wait_for_downloads(street: Street, monkeypatch: pytest.MonkeyPatch) -> None:
+    street.cvat.fail("GET", r"/data/$", Slow(seconds=0.5, bytes=10), times=None, query={"number": "1"})
+    monkeypatch.setattr("training.acquisition.Jury.look", stop)
+    began = time.monotonic()
+
+    assert main(street.arguments()) == 130
+
+    assert time.monotonic() - began < 15  # the second image would take minutes
+    assert not street.folder().exists()
+
+
+def test_jobs_at_which_somebody_works_are_handed_out_but_not_drawn_in(
+    street: Street, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for job in street.jobs[1:]:
+        set_state(street.client, job, state="in progress")
+    (street.workspace / "cycle.yaml").write_text("prelabel: {threshold: 0.25}\n")
+
+    assert main(street.arguments("--count", "4")) == 0
+
+    record = street.record()
+    assert len(record["handout"]["jobs"]) == 4
+    assert street.drawn() == street.jobs[:1]
+    assert record["settings"]["threshold"] == 0.25
+    assert "left as they are: 3 jobs (state in progress)" in capsys.readouterr().out
 
 
 def test_panoramas_of_a_folder_become_a_task(street: Street, tmp_path: Path) -> None:

@@ -73,7 +73,15 @@ def test_two_rounds(tmp_path: Path, account: Account | None) -> None:
     folder = tmp_path / "Петля"
     lines: list[str] = []
     config = SimulationConfig(
-        workspace=folder, rounds=2, count=2, scenes=SMALL, scale=0.5, base_width=4, epochs=20, finetune_epochs=2
+        workspace=folder,
+        rounds=2,
+        count=2,
+        scenes=SMALL,
+        scale=0.5,
+        base_width=4,
+        epochs=20,
+        finetune_epochs=2,
+        flags={"gate.min_groups": 2},
     )
     found = simulate(config, account=account, say=lines.append, note=lambda _: None)
 

@@ -270,12 +270,13 @@ def test_copies_broken_files_and_what_was_taken_are_left_out(
     ]
     skipped: list[str] = []
 
-    choices = rank(pool, bundles[:1], count=5, shares=None, device="cpu", skipped=skipped, quiet=True)
+    failed: list[str] = []
+    choices = rank(pool, bundles[:1], count=5, shares=None, device="cpu", skipped=skipped, failed=failed, quiet=True)
 
     assert {choice.frame.name for choice in choices} == {"a.png", "b.png"}
+    assert failed[0].startswith("broken.png (task 3, frame 5): ")
+    assert failed[1].startswith("gone.png: ")
     text = "\n".join(skipped)
-    assert "broken.png (task 3, frame 5): " in text
-    assert "gone.png: " in text
     assert "1 of the pool are files that were labelled or handed out before" in text
     assert "1 of the pool are copies of others, byte for byte" in text
     assert rank([], bundles[:1], count=5, shares=None, device="cpu", quiet=True) == []
@@ -288,6 +289,42 @@ def test_scans_of_what_was_chosen_are_no_further_choices() -> None:
 
     assert [index for index, _ in picks] == [0, 2]
     assert pick(np.zeros(0), np.zeros((0, 2)), count=3) == []
+
+
+def test_what_is_known_lowers_the_novelty_and_forbids_nothing() -> None:
+    rng = np.random.default_rng(3)
+    points, known = rng.normal(size=(12, 3)) * 0.3, rng.normal(size=(5, 3)) * 0.3
+    every = np.concatenate([points, known])
+    kernel = np.exp(-np.square(every[:, None] - every[None]).sum(-1) / (2 * 0.25**2))
+    across = kernel[:12, 12:]
+    novelty = 1 - np.einsum("ij,ij->i", across, np.linalg.solve(kernel[12:, 12:], across.T).T)
+
+    [(first, found)] = pick(np.ones(12), points, count=1, known=known, bandwidth=0.25)
+
+    assert first == int(novelty.argmax())
+    assert found == pytest.approx(novelty.max(), abs=1e-8)
+    # A scan of a labelled place comes last, though its score is the largest; and once only.
+    labelled, twin, other = [0.0, 1.0], [0.001, 1.0], [1.0, 0.0]
+    picks = pick(np.array([9.0, 9.0, 0.1]), np.array([twin, twin, other]), count=3, known=np.array([labelled] * 20))
+    assert picks[0][0] == 2
+    assert len(picks) == 2
+    assert picks[1][1] < 0.01
+
+
+def test_what_is_known_is_looked_at_and_not_chosen(bundles: list[ModelBundle], make_panorama: Panorama) -> None:
+    images = [make_panorama((64, 128), seed=40 + n, black=0.2 * n) for n in range(3)]
+    pool = [frame_of(turned(images[0], 40), "again.png"), frame_of(images[1], "new.png")]
+    skipped: list[str] = []
+    lost = PoolFrame(name="lost.png", read=lambda: b"no picture")
+
+    options: dict[str, Any] = {"count": 1, "shares": None, "device": "cpu", "quiet": True}
+    alone = rank(pool, bundles[:1], **options)
+    beside = rank(pool, bundles[:1], known=[frame_of(images[0]), lost], skipped=skipped, **options)
+
+    assert alone[0].novelty == 1
+    assert beside[0].frame.name == "new.png"
+    assert beside[0].novelty < 1
+    assert skipped[0].startswith("lost.png: ")
 
 
 def test_wrong_questions(

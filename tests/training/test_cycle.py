@@ -20,7 +20,7 @@ from sscloud.labels import LabelSchema
 from training import cycle as module
 from training.config import Place, TrainConfig
 from training.cvat import Server, find_account
-from training.cycle import CycleResult, held_changes, origin_of, run_cycle
+from training.cycle import CycleResult, Deploy, held_changes, origin_of, run_cycle
 from training.cycle_config import CycleConfig
 from training.cycle_plan import plan_cycle
 from training.gate import Decision
@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "test": 34.0,
     "train": {"epochs": 6, "scale": 0.5, "base_width": 4, "learning_rate": 0.03, "seed": 1},
     "finetune": {"epochs": 1, "learning_rate": 0.01},
+    "gate": {"min_groups": 2},
     "select": {"count": 2},
 }
 AZIMUTH = "azimuth: {direction: 1, column_0: 0.0}\n"
@@ -59,7 +60,7 @@ class Street:
         self.said: list[str] = []
         self.place.dataset.mkdir(parents=True)
         (self.place.dataset / "dataset.yaml").write_text(AZIMUTH)
-        self.deploy: Callable[[Registry, int], object] = lambda registry, version: registry.set_champion(version)
+        self.deploy: Deploy = lambda registry, version, *, expected: registry.set_champion(version)
 
     def config(self, **changes: Any) -> CycleConfig:
         settings = {"project": self.people.project, **SETTINGS, **changes}
@@ -150,8 +151,8 @@ def quick(learned: Street, monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]
     return done
 
 
-def failing(error: BaseException) -> Callable[[Registry, int], object]:
-    def deploy(registry: Registry, version: int) -> None:
+def failing(error: BaseException) -> Deploy:
+    def deploy(registry: Registry, version: int, *, expected: int | None) -> None:
         raise error
 
     return deploy
@@ -315,12 +316,13 @@ def test_stopped_and_failed_steps_are_tried_again(ready: Street, quick: list[Tra
         ready.cycle()
     journal.write_text(text, encoding="utf-8")
 
-    def deploy_alone(registry: Registry, version: int) -> None:
+    def deploy_alone(registry: Registry, version: int, *, expected: int | None) -> None:
         with pytest.raises(ConfigError, match=r"Another `sscloud cycle` works in .*process \d+, since"):
             ready.cycle()
         plan = plan_cycle(ready.server, ready.root, ready.config(), quiet=True)
         assert "nothing while another `sscloud cycle` works here (process" in "\n".join(plan.lines())
-        deploy(registry, version)
+        assert expected is None
+        deploy(registry, version, expected=expected)
 
     ready.deploy = deploy_alone
     # What is still to come may be changed.
@@ -400,7 +402,7 @@ def test_a_champion_that_somebody_else_made(ready: Street, learned: Street, monk
     monkeypatch.setattr(module, "prelabel_by_server", by_server)
     config = ready.config(prelabel={"via": "server", "function": "unet", "threshold": 0.25})
 
-    def interfere(registry: Registry, version: int) -> None:
+    def interfere(registry: Registry, version: int, *, expected: int | None) -> None:
         registry.set_champion(imported)
         raise DeployError("Nuclio is away.")
 

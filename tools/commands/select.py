@@ -3,19 +3,20 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tools.server_arguments import CREDENTIALS, add_server_arguments, open_server
 
 if TYPE_CHECKING:
     from sscloud.bundle import ModelBundle
     from training.cvat import Server
+    from training.handout import Way
     from training.prelabel import Report
     from training.prelabel_store import PrelabelStore
+    from training.registry import Registry
     from training.selection import Selection
 
 NAME = "select"
@@ -23,16 +24,18 @@ HELP = "choose the panoramas whose labels would teach the model most, and hand t
 DESCRIPTION = f"""\
 Looks at the frames of a project's open jobs in which nobody has drawn, and chooses those that should teach the model
 most: where it, and its last versions, remain unsure after several looks at the turned and mirrored panorama, with rare
-classes counting more; one scan of a place rather than twenty. Every choice is explained in words and by a picture, in
-FOLDER/select.html.
+classes counting more; one scan of a place rather than twenty, and rather places unlike those that are labelled or
+handed out. Every choice is explained in words and by a picture, in FOLDER/select.html.
 
 --way jobs gives people the very jobs (each frame has to be alone in its job) and pins an issue with the explanation to
 the frame; --way task makes a new task of copies of the files, a job a frame, with the same issues; auto does the first
 where it can. With --images, the panoramas of a folder are looked at instead, and become a new task. What was handed out
-is marked on the server: it is not chosen again, nor are copies of it. Nothing that is drawn is ever touched.
+is marked on the server: it is not chosen again, nor are copies of it.
 
-Then the model draws its pre-labels there, as `sscloud prelabel` does. Stopped, or killed, at any moment, the same
-command goes on where it was; --dry-run only chooses and explains.
+Then the model draws its pre-labels there, as `sscloud prelabel --replace-auto` does: what people have drawn or changed
+is never touched; pre-labels of another model that nobody has touched make way for its own; and jobs that somebody has
+opened stay as they are. Stopped, or killed, at any moment, the same command goes on where it was; --dry-run only
+chooses and explains, and goes on with nothing.
 
 The model is the champion of the workspace's registry, with up to two earlier versions of the same labels for their
 opinions, or what --bundle names: the first one draws.
@@ -65,9 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     handing.add_argument(
         "--threshold",
         type=_probability,
-        default=0.0,
         metavar="P",
-        help="pixels with a probability below it (0 to 1) are not drawn (default: 0)",
+        help="pixels with a probability below it (0 to 1) are not drawn (default: as in WORKSPACE/cycle.yaml, else 0)",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -106,39 +108,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose, hand out, pre-label."""
     from sscloud.errors import ConfigError
+    from tools.inputs import list_images
     from training.handout import hand_out
     from training.prelabel import Report
     from training.prelabel_store import PrelabelStore
-    from training.selection import begin_folder, is_over, read_selection
+    from training.selection import begin_folder, read_selection
+    from training.selection_choice import choose
 
     if args.images is not None and args.way == "jobs":
         raise ConfigError("Panoramas of a folder are in no job yet. Leave --way jobs out.")
-    folder = args.output or begin_folder(args.workspace)
+    folder = args.output or begin_folder(args.workspace, dry_run=args.dry_run)
+    settings = _settings(args)
     with (
         open_server(args) as server,
         PrelabelStore(args.store or args.workspace / "prelabels", server=server.url) as store,
     ):
         selection = read_selection(folder, server)
-        if selection is not None and args.output is not None and is_over(folder):
-            raise ConfigError(f"{folder} holds a selection that is done. Name another folder.")
-        if selection is not None and selection.project != args.project:
-            raise ConfigError(
-                f"{folder} holds a selection of project {selection.project} that was stopped. Go on with it by "
-                f"--project {selection.project}, or name another folder with --output."
-            )
         if selection is None:
             bundles = _bundles(args)
-            selection = _choose(args, server, store, bundles, folder)
+            title = "".join(c for c in bundles[0].manifest.title if c not in "[];" and c.isprintable())
+            selection = choose(
+                server,
+                store,
+                bundles,
+                folder=folder,
+                name=f"To label {datetime.now():%Y-%m-%d %H:%M:%S} ({title:.80})",
+                project=args.project,
+                count=args.count,
+                way=_way(args),
+                assignee=args.assignee,
+                dataset=args.dataset or args.workspace / "dataset",
+                images=None if args.images is None else list_images([args.images]),
+                seed=args.seed,
+                device=args.device,
+                turns=args.turns,
+                settings=settings,
+                dry_run=args.dry_run,
+            )
         else:
-            print(f"Going on with {selection.name} ({folder}).", file=sys.stderr)
-            bundles = [] if selection.prelabelled or args.no_prelabel else _bundles(args)
+            _require_the_same(args, selection, settings, folder)
+            bundles = [] if args.no_prelabel else [_bundle_of(args, selection.models[0], folder)]
+            print(
+                f"Going on with {selection.name}. To choose anew instead, delete {folder}: what was handed out stays "
+                "handed out.",
+                file=sys.stderr,
+            )
         report = Report(model=selection.models[0])
-        if selection.choices and not selection.dry_run:
+        if not selection.dry_run:
             if selection.handout is None:
                 handout = hand_out(
                     server,
                     selection.choices,
-                    project=args.project,
+                    project=selection.project,
                     assignee=selection.assignee,
                     way=selection.way,
                     name=selection.name,
@@ -146,13 +167,109 @@ def run(args: argparse.Namespace) -> int:
                 selection = replace(selection, handout=handout)
                 selection.save(folder)
             if not args.no_prelabel:
-                _prelabel(args, server, store, bundles[0], selection, report)
-            selection = replace(selection, prelabelled=True)
-            selection.save(folder)
+                _prelabel(server, store, bundles[0], selection, report, device=args.device)
+            if not report.failed:
+                selection = replace(selection, prelabelled=True)
+                selection.save(folder)
     _print(selection, folder, report)
     if args.json:
         print(json.dumps({"folder": str(folder), **selection.to_dict()}, ensure_ascii=False))
-    return 1 if report.failed else 0
+    return 1 if report.failed or selection.failed else 0
+
+
+def _way(args: argparse.Namespace) -> "Way":
+    way: Way = "task" if args.images is not None else args.way
+    return way
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What is asked for, by the names of the flags; a selection that was stopped goes on with the same only."""
+    threshold = args.threshold
+    if threshold is None:
+        from training.cycle_config import SETTINGS, CycleConfig, read_settings
+
+        file = args.workspace / SETTINGS
+        threshold = CycleConfig.from_dict(
+            {**read_settings(file), "project": args.project}, source=str(file)
+        ).prelabel.threshold
+    return {
+        "count": args.count,
+        "images": None if args.images is None else str(args.images.resolve()),
+        "no-prelabel": args.no_prelabel,
+        "seed": args.seed,
+        "threshold": threshold,
+        "turns": args.turns,
+    }
+
+
+def _require_the_same(args: argparse.Namespace, selection: "Selection", settings: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a selection that is over, or that was asked for otherwise.
+
+    Raises:
+        ConfigError: it is.
+    """
+    from sscloud.errors import ConfigError
+    from training.selection import is_stopped
+
+    if not is_stopped(folder):
+        raise ConfigError(f"{folder} holds a selection that is done. Name another folder.")
+    if args.dry_run:
+        raise ConfigError(
+            f"{folder} holds a selection that was stopped, and --dry-run goes on with nothing. Name another folder."
+        )
+    was = {
+        **selection.settings,
+        "project": selection.project,
+        "way": selection.way,
+        "assignee": selection.assignee,
+    }
+    given = {**settings, "project": args.project, "way": _way(args), "assignee": args.assignee}
+    differing = [
+        f"--{name} was {was.get(name)!r}, not {given.get(name)!r}"
+        for name in sorted(was.keys() | given.keys())
+        if was.get(name) != given.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} holds a selection that was stopped, and goes on as it was begun ({'; '.join(differing)}). Give "
+            "the same flags, or name another folder with --output; or delete this one to choose anew: what was handed "
+            "out stays handed out."
+        )
+
+
+def _bundle_of(args: argparse.Namespace, title: str, folder: Path) -> "ModelBundle":
+    """The model that a stopped selection was to be drawn by, whoever is the champion by now.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    from sscloud.bundle import ModelBundle
+    from sscloud.errors import ConfigError
+
+    found = None
+    if args.bundle:
+        given = ModelBundle.load(args.bundle[0])
+        found = given if given.manifest.title == title else None
+    else:
+        registry = _registry(args)
+        version = registry.find(title)
+        found = registry.bundle(version.version) if version is not None else None
+    if found is None:
+        raise ConfigError(
+            f"{folder} holds a selection that was stopped, and is to be pre-labelled by {title}, which is not the "
+            f"model that was named. Name its bundle with --bundle, or delete {folder} to choose anew: what was handed "
+            "out stays handed out."
+        )
+    return found
+
+
+def _registry(args: argparse.Namespace) -> "Registry":
+    from tools.tracking import quiet_mlflow, store_uri
+
+    quiet_mlflow()
+    from training.registry import open_registry
+
+    return open_registry(store_uri(args.workspace), name=args.name)
 
 
 def _bundles(args: argparse.Namespace) -> "list[ModelBundle]":
@@ -162,101 +279,25 @@ def _bundles(args: argparse.Namespace) -> "list[ModelBundle]":
 
     if args.bundle:
         return [ModelBundle.load(path) for path in args.bundle]
-    from tools.tracking import quiet_mlflow, store_uri
+    from training.jury import jury_of
 
-    quiet_mlflow()
-    from training.registry import open_registry
-
-    registry = open_registry(store_uri(args.workspace), name=args.name)
+    registry = _registry(args)
     champion = registry.champion()
     if champion is None:
         raise ConfigError("The registry has no champion yet. `sscloud models promote V` makes one, or name a --bundle.")
-    bundles = [registry.bundle(champion.version)]
-    labels = bundles[0].manifest.labels.class_ids
-    for version in reversed(registry.versions()):
-        if version.version < champion.version and version.decision != "refused" and len(bundles) < 3:
-            bundle = registry.bundle(version.version)
-            if bundle.manifest.labels.class_ids == labels:
-                bundles.append(bundle)
-    return bundles
-
-
-def _choose(
-    args: argparse.Namespace, server: "Server", store: "PrelabelStore", bundles: "Sequence[ModelBundle]", folder: Path
-) -> "Selection":
-    """Look at the pool and write down what was chosen."""
-    from collections import Counter
-
-    from sscloud.errors import ConfigError
-    from sscloud.files import atomic_write
-    from tools.inputs import list_images
-    from training.acquisition import rank
-    from training.manifest import read_manifest
-    from training.pool import find_marks, folder_pool, labelled_images, server_pool
-    from training.selection import PAGE, Selection
-    from training.selection_page import write_selection_page
-
-    manifest = read_manifest(args.dataset or args.workspace / "dataset")
-    shares, labelled = labelled_images(manifest) if manifest is not None else (None, frozenset())
-    left_out: Counter[str] = Counter()
-    if args.images is None:
-        pool = server_pool(
-            server, store, project=args.project, labelled=labelled, left_out=left_out, quiet=not sys.stderr.isatty()
-        )
-    else:
-        server.project(args.project)
-        marked = {mark.sha256 for mark in find_marks(server, server.tasks(args.project))}
-        pool = folder_pool(list_images([args.images]), taken=labelled | marked)
-    if not pool:
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "there are none"
-        raise ConfigError(f"No frame of project {args.project} can be chosen (frames left out: {why}).")
-    pictures: dict[str, bytes] = {}
-    skipped = [f"{count} frame{'s' * (count != 1)} {reason}" for reason, count in sorted(left_out.items()) if count]
-    choices = rank(
-        pool,
-        bundles,
-        count=args.count,
-        shares=shares,
-        seed=args.seed,
-        device=args.device,
-        turns=args.turns,
-        picture=pictures.__setitem__,
-        skipped=skipped,
-    )
-    title = "".join(c for c in bundles[0].manifest.title if c not in "[];" and c.isprintable())
-    selection = Selection(
-        name=f"To label {datetime.now():%Y-%m-%d %H:%M:%S} ({title:.80})",
-        server=server.url,
-        project=args.project,
-        way="task" if args.images is not None else args.way,
-        assignee=args.assignee,
-        models=tuple(bundle.manifest.title for bundle in bundles),
-        choices=tuple(choices),
-        left_out=tuple(skipped),
-        dry_run=args.dry_run,
-    )
-    for place, jpeg in pictures.items():
-        atomic_write(folder / f"{place}.jpg", jpeg)
-    facts = {
-        "project": f"{args.project} of {server.url}",
-        "looked at": f"{len(pool)} panoramas",
-        "models": ", ".join(selection.models),
-        "turns": str(args.turns),
-    }
-    write_selection_page(folder / PAGE, choices, pictures, facts=facts, left_out=skipped)
-    selection.save(folder)
-    return selection
+    return jury_of(registry, champion, say=lambda line: print(line, file=sys.stderr))
 
 
 def _prelabel(
-    args: argparse.Namespace,
     server: "Server",
     store: "PrelabelStore",
     bundle: "ModelBundle",
     selection: "Selection",
     report: "Report",
+    *,
+    device: str,
 ) -> None:
-    """Draw in what was handed out."""
+    """Draw in what was handed out, where nobody is at work yet."""
     from training.detector import Detector
     from training.prelabel import Selection as Jobs
     from training.prelabel import prelabel
@@ -267,10 +308,10 @@ def _prelabel(
     prelabel(
         server,
         store,
-        Detector(bundle, device=args.device),
-        selection=Jobs(jobs=selection.handout.jobs),
+        Detector(bundle, device=device),
+        selection=Jobs(jobs=selection.handout.jobs, states=frozenset({"new"})),
         report=report,
-        threshold=args.threshold,
+        threshold=selection.settings["threshold"],
         replace_auto=True,
     )
 
@@ -282,6 +323,8 @@ def _print(selection: "Selection", folder: Path, report: "Report") -> None:
         print(f"{place:3}. {choice.frame.title}\n     {choice.reason}")
     for text in selection.left_out:
         print(f"left out: {text}")
+    for text in selection.failed:
+        print(f"not looked at: {text}", file=sys.stderr)
     handed = selection.handout
     if handed is not None:
         what = f"task {handed.task}" if handed.task is not None else "their jobs"
@@ -292,6 +335,10 @@ def _print(selection: "Selection", folder: Path, report: "Report") -> None:
         print(f"Pre-labelled by {report.model}: {report.drawn} panoramas, {report.shapes} shapes")
     for problem in report.failed:
         print(f"not pre-labelled: {problem}", file=sys.stderr)
+    if report.failed:
+        print("The same command tries to pre-label these once more.", file=sys.stderr)
+    for reason, count in sorted(report.jobs_left_out.items()):
+        print(f"left as they are: {count} jobs ({reason})")
     print(f"Written to {folder / PAGE}")
 
 

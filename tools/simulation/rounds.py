@@ -276,7 +276,7 @@ def _cycle_config(config: SimulationConfig, project: int) -> CycleConfig:
     settings = {
         "project": project,
         "name": "simulation",
-        "min_new": 1,
+        "min_new": 0,  # what a round brings may be for validation, all of it
         "train": train,
         "finetune": {"epochs": config.finetune_epochs, "replay": 1.0},
         "ground_truth": "test",
