@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -88,6 +89,16 @@ class WatchConfig:
     """What runs a cycle; `--json` makes it print its result on the last line."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedWork:
+    """What the finished jobs of a project look like."""
+
+    mark: str
+    """Another one whenever one of them changes."""
+    latest: float
+    """When one of them was changed last, by the server's clock, seconds since 1970; 0: there is none."""
+
+
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +156,7 @@ class Watcher:
         config: how to watch.
         inbox: takes messages; its memory becomes the one on disk.
         output: where lines of cycles go.
-        look: asks the server what its finished jobs look like, a text that changes when they do; may take its time.
+        look: asks the server what its finished jobs look like; may take its time.
         register: has the server make the webhook → its number, whose messages alone are taken from then on. It is
             tried until it works: the server may be slower to start than this service.
         clock: seconds since 1970.
@@ -157,7 +168,7 @@ class Watcher:
         inbox: Inbox,
         *,
         output: logging.Logger,
-        look: Callable[[], str] | None = None,
+        look: Callable[[], FinishedWork] | None = None,
         register: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -230,17 +241,36 @@ class Watcher:
 
     async def _poll(self) -> None:
         """Look at the server again and again; what fails is told, and tried again the next time."""
+        first = True
         while self._look is not None and self._config.poll:
             try:
                 seen = await _aside(self._look)
             except Exception as error:  # whatever it is, the next look may go well
                 self._fail("poll-failed", _said(error))
             else:
-                if seen != self.state.polled:
-                    self.state.polled = seen
-                    note("poll", changed=True)
-                    self.mark()
+                if seen.mark != self.state.polled:
+                    self.state.polled = seen.mark
+                    # Cycles that were started by hand before this service are not in its memory.
+                    done = self._done_since(seen.latest) if first else None
+                    note("poll", changed=done is None, **({} if done is None else {"seen_by_cycle": done}))
+                    if done is None:
+                        self.mark()
+                    else:
+                        self._save()
+                first = False
             await asyncio.sleep(self._config.poll)
+
+    def _done_since(self, latest: float) -> int | None:
+        """The number of a finished cycle that began after everything that is finished; None: there is none."""
+        try:
+            journals = read_journals(self._config.workspace / "cycles")
+        except ConfigError:  # the cycle itself tells of it
+            return None
+        for journal in reversed(journals):
+            ended = journal.outcome in ("accepted", "refused") and journal.config.get("project") == self._config.project
+            if ended and datetime.fromisoformat(journal.started).timestamp() > latest:
+                return journal.number
+        return None
 
     async def _introduce(self) -> None:
         """Have the server make the webhook, sooner or later."""
@@ -549,14 +579,24 @@ def render_health(health: dict[str, Any]) -> str:
     return render("watch.html.j2", health=health, cards=cards, tables=tables, report=report)
 
 
-def finished_work(server: "Server", project: int) -> str:
-    """What the finished jobs of a project look like: another text whenever one of them changes.
+def finished_work(server: "Server", project: int) -> FinishedWork:
+    """What the finished jobs of a project look like.
 
     Raises:
         ServerError: the server does not answer, or refuses.
     """
-    jobs = sorted(f"{job.id} {job.updated}" for job in server.project_jobs(project) if job.state == "completed")
-    return hashlib.sha256("\n".join(jobs).encode()).hexdigest()
+    jobs = [job for job in server.project_jobs(project) if job.state == "completed"]
+    text = "\n".join(sorted(f"{job.id} {job.updated}" for job in jobs))
+    latest = max((_seconds(job.updated) for job in jobs), default=0.0)
+    return FinishedWork(mark=hashlib.sha256(text.encode()).hexdigest(), latest=latest)
+
+
+def _seconds(text: str) -> float:
+    """A time of the server, seconds since 1970; one that cannot be read is later than all others."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        return math.inf
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -630,7 +670,7 @@ def watch(
     config: WatchConfig,
     *,
     secret: str | None,
-    look: Callable[[], str] | None = None,
+    look: Callable[[], FinishedWork] | None = None,
     register: Callable[[], int] | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT.
@@ -688,13 +728,29 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def greeting(config: WatchConfig, url: str, *, webhooks: bool) -> str:
+    """What the service does, in a line for people; the standard output has it, the log does not.
+
+    Args:
+        config: how to watch.
+        url: its page.
+        webhooks: whether messages of CVAT are taken.
+    """
+    ways = [f"messages of CVAT at {url.rstrip('/')}{PATH}"] if webhooks else []
+    ways += [f"a look at CVAT every {config.poll / 60:g} min"] if config.poll else []
+    return (
+        f"Waiting for finished jobs of project {config.project}, by {' and '.join(ways)}; a cycle starts "
+        f"{config.quiet / 60:g} min after the last one. What is going on: {url}  To end: Ctrl-C."
+    )
+
+
 async def _serve(
     config: WatchConfig,
     inbox: Inbox,
     listener: socket.socket,
     *,
     output: logging.Logger,
-    look: Callable[[], str] | None,
+    look: Callable[[], FinishedWork] | None,
     register: Callable[[], int] | None,
 ) -> None:
     watcher = Watcher(config, inbox, output=output, look=look, register=register)
@@ -706,7 +762,9 @@ async def _serve(
     }
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     host, port = listener.getsockname()[:2]
-    note("started", url=f"http://{host}:{port}/", project=config.project, workspace=str(config.workspace.resolve()))
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    note("started", url=url, project=config.project, workspace=str(config.workspace.resolve()))
+    print(greeting(config, url, webhooks=inbox.secret is not None), flush=True)
     try:
         await watcher.run()
     finally:

@@ -631,15 +631,17 @@ def explain(look: Look, jury: Jury, *, novelty: float, first: bool) -> str:
     who, what = ("The models", "are unsure") if len(jury.bundles) > 1 else ("The model", "is unsure")
     named = [index for index, part in look.doubt[:2] if part >= 0.25] or [look.doubt[0][0]]
     parts = dict(look.doubt)
-    text = f"{who} {what} about " + " and ".join(f"{classes[i].name} ({parts[i]:.0%} of the doubt)" for i in named)
+    text = f"{who} {what} about " + " and ".join(
+        f"{classes[i].name} ({parts[i]:.0%} of all that is unclear)" for i in named
+    )
     if look.pair is not None:
         a, b = look.pair
-        text += f", mostly whether it is {classes[a].name} or {classes[b].name}"
+        text += f"; most often a place could be {classes[a].name} as well as {classes[b].name}"
     rare = [classes[i].name for i in named if jury.weights[i] >= 1.5]
     if rare:
         text += f"; {' and '.join(rare)} {'is' if len(rare) == 1 else 'are'} rare in what is labelled"
     if first:
-        text += "; the most instructive of all"
+        text += "; the most useful to label of all"
     elif novelty >= _UNLIKE:
         text += "; unlike those chosen or labelled before"
     return text + "."

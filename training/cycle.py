@@ -29,10 +29,21 @@ from typing import Any, Final, Literal, Protocol
 from sscloud.bundle import ModelBundle
 from sscloud.errors import ConfigError, CycleError, DatasetError, ServerError, SSCloudError, UnreachableError
 from sscloud.files import atomic_write
+from training.bootstrap import groups_of
 from training.config import CONFIG, Place, TrainConfig, inherited, read_run
 from training.cvat import Server
 from training.cycle_config import SETTINGS, CycleConfig, changes
-from training.cycle_data import FRAMES, effort_since, last_frames, new_items, pair_of, selection_of, to_learn_from
+from training.cycle_data import (
+    FRAMES,
+    effort_since,
+    last_frames,
+    new_items,
+    no_test_part,
+    pair_of,
+    require_test_part,
+    selection_of,
+    to_learn_from,
+)
 from training.cycle_report import serving_metrics, verdict, write_cycle_page
 from training.detector import Detector
 from training.effort import measure_effort
@@ -41,7 +52,7 @@ from training.effort_summary import percent
 from training.export import BUNDLE, METRICS
 from training.fetch import fetch
 from training.gate import PAGE as GATE_PAGE
-from training.gate import Decision, decide, test_part, too_few_groups, write_gate_page
+from training.gate import Decision, decide, says_little, test_part, too_few_groups, write_gate_page
 from training.handout import hand_out
 from training.journal import (
     STEPS,
@@ -381,6 +392,7 @@ class _Cycle:
     def _fetch(self) -> dict[str, Any]:
         config, dataset = self._config, self._place.dataset
         before = read_manifest(dataset)
+        require_test_part(before, config, dataset)
         selection = selection_of(config)
         if before is None and not (found := survey(self._server, selection, quiet=self._quiet)).wanted:
             raise _NothingError(
@@ -448,9 +460,10 @@ class _Cycle:
         new, least = to_learn_from(fresh), self._config.min_new
         if len(new) < least:
             others = f" ({plural(len(fresh) - len(new), 'other')} to validate or test)" if len(fresh) > len(new) else ""
+            are = "is" if len(new) == 1 else "are"
             raise _NothingError(
-                f"Nothing to do: {plural(len(new), 'panorama')} to learn from new or corrected since the last "
-                f"training{others}, {least} are needed ('min_new'), {least - len(new)} more.",
+                f"Nothing to do: {plural(len(new), 'panorama')} to learn from {are} new or corrected since the last "
+                f"training{others}, and 'min_new' asks for {least}.",
                 new=len(new),
             )
         # What would fail after hours of training is better said now.
@@ -461,8 +474,14 @@ class _Cycle:
                 f"{too_few}. The gate needs test panoramas: complete jobs of more groups, or choose smaller groups "
                 "('group_by': image, or a regular expression that finds the site in the file name)."
             )
+        if not any(item.split == "test" for item in manifest.items):
+            raise DatasetError(f"There are no test panoramas. {no_test_part(self._place.dataset)}")
         test = test_part(self._place.dataset, labels=self._place.schema_file(self._config))
-        if self._registry.champion() is not None and (why := too_few_groups(test, self._config.gate)) is not None:
+        if self._registry.champion() is None:
+            groups = len(set(groups_of(test, None).values()))
+            if (little := says_little(len(test.items), groups, self._config.gate)) is not None:
+                self._say(f"warning: {little}")
+        elif (why := too_few_groups(test, self._config.gate)) is not None:
             raise DatasetError(why)
         # What is new for the next cycle is counted from here.
         pairs = sorted([item.image_sha256, item.mask_sha256, str(item.split)] for item in manifest.items)

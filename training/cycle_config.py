@@ -114,6 +114,10 @@ class CycleConfig:
             raise ConfigError(f"'min_new' must be 0 or above, found {self.min_new}.")
         if not self.name.strip():
             raise ConfigError("'name' must not be empty: CVAT shows it.")
+        for part in ("validation", "test"):
+            share = getattr(self, part)
+            if share is not None and 0 < share < 1:
+                raise ConfigError(f"{part!r} is a percentage: for {share:.0%} write {100 * share:g}, found {share:g}.")
         self.split_plan(None)
         hints = {name: hint for name, hint in get_type_hints(TrainConfig).items() if name not in _OF_THE_CYCLE}
         for part in ("train", "finetune"):
@@ -187,6 +191,21 @@ def read_settings(path: Path) -> dict[str, Any]:
     return data
 
 
+def settled_project(given: int | None, workspace: Path) -> int:
+    """The number of the project: that of the flag, else that of cycle.yaml.
+
+    Raises:
+        ConfigError: neither names one, or the file cannot be read.
+    """
+    file = workspace / SETTINGS
+    found = read_settings(file).get("project") if given is None else given
+    if type(found) is not int or found < 1:
+        raise ConfigError(
+            f"No project is named. Give --project N, or write 'project: N' into {file}; N is a whole number from 1."
+        )
+    return found
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Where two configurations, as `to_dict` gives them, differ in what a cycle holds on to: a phrase each."""
     names = sorted({*old, *new} - {"device"})
@@ -198,7 +217,7 @@ def _build(kind: Any, data: object, *, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}: expected a mapping, found {data!r:.100}.")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    require_known(data, list(fields), where=f"'{where}'" if where else "the settings")
+    require_known(data, list(fields), where=f"'{where}'" if where else "a cycle's configuration")
     hints = get_type_hints(kind)
     missing = [
         f.name

@@ -26,6 +26,44 @@ def selection_of(config: CycleConfig) -> Selection:
     )
 
 
+def require_test_part(manifest: Manifest | None, config: CycleConfig, dataset: Path) -> None:
+    """Refuse, before anything is downloaded, settings under which there would be nothing to measure on.
+
+    Args:
+        manifest: of the dataset; None where there is none yet.
+        config: the settings.
+        dataset: its folder, for the message.
+
+    Raises:
+        ConfigError: no panoramas are set aside for the test, and none were.
+    """
+    splits = {item.split for item in manifest.items} if manifest is not None else set()
+    if "test" in splits or config.ground_truth == "test":
+        return
+    if config.split_plan(manifest.plan if manifest is not None else None).test == 0:
+        raise ConfigError(
+            "'test' is 0 percent and 'ground_truth' is not test, so there would be no test panoramas, and a model "
+            "cannot be judged by those it learned from. "
+            + (
+                no_test_part(dataset)
+                if splits - {None}
+                else "Leave 'test' out, write test: 20 (percent), or measure on frames of ground-truth jobs "
+                "(ground_truth: test)."
+            )
+        )
+
+
+def no_test_part(dataset: Path) -> str:
+    """What to do about a dataset whose splits are frozen without a test part, in sentences."""
+    return (
+        f"The splits of {dataset} are frozen: its panoramas stay in the parts that they are in. To have a test part, "
+        "do one of these: write test: 20 (percent) and complete jobs of further groups (sites), the first of which "
+        "becomes it; measure on frames of ground-truth jobs that are not in it yet (ground_truth: test); or write "
+        "test: 20, delete the dataset (keep its dataset.yaml and labels.yaml), and start with --restart: all is "
+        "fetched and dealt out anew."
+    )
+
+
 def new_items(manifest: Manifest, cycles: Path) -> list[ManifestItem]:
     """Panoramas that the last training did not see, or saw with another mask; all before the first one.
 

@@ -8,7 +8,8 @@ from typing import Any
 from training.cvat import Server
 from training.cycle import held_changes, origin_of
 from training.cycle_config import SETTINGS, CycleConfig
-from training.cycle_data import new_items, selection_of, to_learn_from
+from training.cycle_data import new_items, require_test_part, selection_of, to_learn_from
+from training.gate import says_little
 from training.journal import present_holder, read_journals
 from training.manifest import Manifest, read_manifest
 from training.page import plural
@@ -47,6 +48,8 @@ class CyclePlan:
     """Frames that nobody has worked on."""
     count: int
     """Of them, how many would be handed out."""
+    warning: str | None
+    """Why what a first model scores would say little, in sentences."""
 
     @property
     def is_enough(self) -> bool:
@@ -65,17 +68,19 @@ class CyclePlan:
                 )
         elif self.is_enough:
             begin = "a new cycle would run"
+            if self.new < self.least:  # what comes in may be for validation or test
+                begin += f", if at least {self.least} of these are to learn from ('min_new')"
         else:
-            begin = f"nothing to do: {self.least - self.new - self.changed} more are needed"
+            most = self.new + self.changed
+            begin = f"nothing to do: at most {most} new or corrected, and 'min_new' asks for {self.least}"
         if self.running is not None:
             begin = (
                 f"nothing while another `sscloud cycle` works here ({self.running}); after it, as things are: {begin}"
             )
         told = [
-            f"on the server  {plural(self.finished, 'frame')} of completed jobs, {self.changed} of them in jobs that "
-            "changed since the last fetch",
-            f"dataset        {plural(self.new, 'panorama')} to learn from new or corrected since the last training; "
-            f"{self.least} are needed ('min_new')",
+            f"on the server  {plural(self.finished, 'frame')} of completed jobs; {self.changed} of them would come in: "
+            "new, or in jobs that changed since the last fetch",
+            f"dataset        {plural(self.new, 'panorama')} here already that the last training did not learn from",
             f"champion       {self.champion or 'none'}",
             f"so             {begin}",
         ]
@@ -85,6 +90,8 @@ class CyclePlan:
                 f"then           gate, and if it passes deploy; {self.count} of {plural(self.pool, 'free frame')} to "
                 "people, pre-labelled",
             ]
+            if self.warning is not None:
+                told.append(f"warning        {self.warning}")
         return told
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +113,9 @@ def plan_cycle(
     journals = read_journals(place.cycles)
     last = journals[-1] if journals and journals[-1].is_open else None
     manifest = read_manifest(place.dataset)
+    step = None if last is None or not has_learned(place.run(last.number)) else last.next_step
+    if step is None:
+        require_test_part(manifest, config, place.dataset)
     found = survey(server, selection_of(config), quiet=quiet)
     uri = tracking_uri or default_uri(place.root)
     with tempfile.TemporaryDirectory(prefix="sscloud-plan-") as cache:  # a server's bundles go there
@@ -114,7 +124,7 @@ def plan_cycle(
         origin, why = origin_of(config, None if champion is None else registry.bundle(champion.version))
     values = {**config.train, **(config.finetune if origin is not None else {})}
     pool = server_pool(server, PrelabelStore(place.prelabels, server=server.url), project=config.project)
-    step = None if last is None or not has_learned(place.run(last.number)) else last.next_step
+    test = [] if manifest is None else [item for item in manifest.items if item.split == "test"]
     return CyclePlan(
         running=present_holder(place.cycles),
         unfinished=None if last is None else last.number,
@@ -130,6 +140,9 @@ def plan_cycle(
         max_hours=config.max_hours,
         pool=len(pool),
         count=min(config.select.count, len(pool)),
+        warning=says_little(len(test), len({item.group for item in test}), config.gate)
+        if champion is None and test
+        else None,
     )
 
 

@@ -46,6 +46,8 @@ def write_cycle_page(path: Path, journal: Journal, journals: Sequence[Journal], 
         problems=[*journal.step("fetch").facts["left_out"], *journal.step("prelabel").facts.get("failed", [])],
         reasons=gate["reasons"],
         links={name: _link(page, folder) for name, page in pages.items()},
+        chosen=journal.step("select").facts.get("frames", []),
+        jobs=journal.step("select").facts.get("jobs", []),
         training=_training_charts(run / METRICS, journal),
         steps=[
             {

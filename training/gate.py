@@ -13,6 +13,7 @@ are left out for both: the old model cannot find what it was never shown, and th
 """
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,19 +24,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from sscloud import __version__
 from sscloud.bundle import ModelBundle
 from sscloud.checkpoint import load_model
 from sscloud.errors import BundleError, ConfigError, DatasetError
 from sscloud.files import atomic_write
-from sscloud.labels import Label, LabelSchema
+from sscloud.inference import Predictor
+from sscloud.labels import VOID, Label, LabelSchema
 from training.bootstrap import FEW_GROUPS, RESAMPLES, draws, groups_of, interval
 from training.compare import Comparison, Difference, compare
 from training.dataset import DatasetFolder, digest, open_dataset
-from training.evaluate import DamagedModelError, Evaluation, evaluate, json_number, json_numbers
+from training.evaluate import DamagedModelError, Evaluation, Gauge, evaluate, json_number, json_numbers
 from training.metrics import mean_present, overlaps, score, tallies
 from training.page import NOTHING, hex_color, jpeg_data_uri, plural, render, score_text
+from training.pictures import figure
 
 if TYPE_CHECKING:
     from training.registry import ModelVersion
@@ -44,6 +48,10 @@ PAGE = "gate.html"
 
 _NAMES = 3
 """Of panoramas, named in a reason."""
+
+_WORST = 5
+"""Panoramas that are drawn of a model that nobody is compared with."""
+_JPEG_QUALITY = 88
 
 Standing = Literal[
     "judged", "not in the masks", "only the champion knows it", "only the challenger knows it", "nobody knows it"
@@ -138,6 +146,8 @@ class Decision:
     groups: int = 0
     """Of panoramas: what is resampled."""
     rules: GateRules = field(default_factory=GateRules)
+    alone: Evaluation | None = None
+    """The challenger's, where there is nobody to compare it with."""
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """What the models' bundles say of themselves: title → name → value."""
 
@@ -262,6 +272,23 @@ def too_few_groups(test: DatasetFolder, rules: GateRules, *, group_by: str | Non
     )
 
 
+def says_little(panoramas: int, groups: int, rules: GateRules) -> str | None:
+    """A warning for a first model, in sentences; None where there is enough to measure it on.
+
+    Args:
+        panoramas: of the test part.
+        groups: of these panoramas.
+        rules: of the gate.
+    """
+    if groups >= rules.min_groups:
+        return None
+    return (
+        f"There {'is' if panoramas == 1 else 'are'} only {plural(panoramas, 'test panorama')}, of "
+        f"{plural(groups, 'group')} (sites, as a rule): what a first model scores on them says almost nothing of other "
+        f"places. Label more sites before you rely on it; its successor needs {rules.min_groups} groups."
+    )
+
+
 # --- the decision -----------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +346,8 @@ def decide(
         group_by: what is resampled together; see `training.bootstrap.groups_of`.
         earlier: former champions; where one of them scored clearly better on these panoramas, a warning says so: each
             of many challengers may lose the margin.
-        picture: told the name and the JPEG of each of the panoramas on which the two differ most.
+        picture: told the name and the JPEG of each of the panoramas on which the two differ most; where there is
+            nobody to compare with, of those that the challenger is worst at.
 
     Raises:
         ConfigError: floors for labels that nobody knows.
@@ -363,7 +391,12 @@ def decide(
                 reasons.warn(f"The champion is damaged, so there is nothing to compare with. {error}")
                 opponent = None
         if opponent is None:
-            judged = _judge_first(evaluate(challenger, test, device=device, group_by=group_by), reasons)
+            alone = evaluate(challenger, test, device=device, group_by=group_by)
+            judged = _judge_first(alone, reasons)
+            if (little := says_little(about["panoramas"], about["groups"], rules)) is not None:
+                reasons.warn(little)
+            if picture is not None:
+                _draw_worst(challenger, test, alone, device=device, picture=picture)
     except DamagedModelError as error:
         reasons.judge(f"The challenger is damaged. {error}", kept=False)
     else:
@@ -602,7 +635,48 @@ def _judge_first(evaluation: Evaluation, reasons: _Reasons) -> dict[str, Any]:
         f"mIoU {score_text(miou)} against {score_text(trivial)}.",
         kept=better,
     )
-    return {"metrics": _metrics(evaluation), "champion_metrics": {}, "miou": miou, "champion_miou": trivial}
+    missed = [
+        label.name
+        for label, pixels, iou in zip(evaluation.labels, true, evaluation.scores.iou, strict=True)
+        if pixels and iou == 0
+    ]
+    if missed:
+        reasons.warn(f"It finds nothing of what is there of {', '.join(missed)}: IoU 0.")
+    return {
+        "metrics": _metrics(evaluation),
+        "champion_metrics": {},
+        "miou": miou,
+        "champion_miou": trivial,
+        "alone": evaluation,
+    }
+
+
+def _draw_worst(
+    bundle: ModelBundle,
+    test: DatasetFolder,
+    evaluation: Evaluation,
+    *,
+    device: str,
+    picture: Callable[[str, bytes], None],
+) -> None:
+    """Sheets of the panoramas that a model is worst at: image, mask, prediction, and where these differ."""
+    items = {item.name: item for item in test.items}
+    predictor = Predictor(bundle, device=device, precision="fp32")
+    gauge = Gauge(test, {"the bundle": bundle.manifest.labels})
+    schema = LabelSchema(labels=gauge.labels, void_ids=test.schema.void_ids)
+    ordered = sorted(evaluation.panoramas, key=lambda one: (math.inf if math.isnan(one.miou) else one.miou, one.name))
+    for one in ordered[:_WORST]:
+        example = gauge.open(items[one.name])
+        sheet = figure(
+            example.image,
+            schema,
+            truth=np.where(example.truth == VOID, np.uint8(VOID), example.label_map),
+            prediction=predictor.predict(example.image).label_map,
+            title=f"{one.name}, mIoU {score_text(one.miou)}",
+        )
+        buffer = io.BytesIO()
+        Image.fromarray(sheet).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        picture(one.name, buffer.getvalue())
 
 
 def _judge_learned(bundles: Mapping[str, ModelBundle], digests: Mapping[str, str], reasons: _Reasons) -> None:
@@ -686,6 +760,7 @@ def render_gate_page(decision: Decision, pictures: Mapping[str, bytes]) -> str:
         cards=_cards(decision),
         points=[{"kind": kinds.get(text, "kept"), "text": text} for text in decision.reasons],
         rows=_rows(decision),
+        alone=_rows_alone(decision),
         resamples=RESAMPLES,
         tables=[
             *((title, facts) for title, facts in decision.facts.items()),
@@ -727,6 +802,23 @@ def _cards(decision: Decision) -> list[dict[str, str]]:
 
 def _signed(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{value:+.3f}"
+
+
+def _rows_alone(decision: Decision) -> list[dict[str, Any]]:
+    """A row a class of a challenger that nobody was compared with."""
+    if (found := decision.alone) is None:
+        return []
+    true = np.sum([one.confusion for one in found.panoramas], axis=0).sum(1)
+    return [
+        {
+            "name": label.name,
+            "color": hex_color(label.color),
+            "challenger": iou,
+            "share": f"{pixels / true.sum():.1%}" if pixels else "not in the masks",
+            "missed": bool(pixels) and iou == 0,
+        }
+        for label, iou, pixels in zip(found.labels, found.scores.iou.tolist(), true.tolist(), strict=True)
+    ]
 
 
 def _rows(decision: Decision) -> list[dict[str, Any]]:

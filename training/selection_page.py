@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 WIDTH: Final = 1280
 """Of a picture, pixels."""
 _MEANS: Final[Mapping[str, str]] = {
-    "information": "How much the opinions disagree (mutual information, nats)",
-    "entropy": "How unsure the model is (predictive entropy, nats)",
+    "information": "How much the opinions about a place differ",
+    "entropy": "How unsure the model is about a place",
 }
 _FULL = 0.995
 """Share of the pixels with a return that the scale of colours tells apart; the rest is as bright as it gets."""
@@ -47,10 +47,10 @@ def draw(choice: "Choice", jury: "Jury") -> bytes:
         ImageError: the file is not a picture any more.
     """
     image = decode_image(choice.frame.read())
-    return sheet(image, jury.maps(image), jury, focus_xyxy=choice.focus_xyxy, title=choice.frame.title)
+    return sheet(image, jury.maps(image), jury, focus_xyxy=choice.focus_xyxy)
 
 
-def sheet(image: NDArray[np.uint8], maps: "Maps", jury: "Jury", *, focus_xyxy: Sequence[float], title: str) -> bytes:
+def sheet(image: NDArray[np.uint8], maps: "Maps", jury: "Jury", *, focus_xyxy: Sequence[float]) -> bytes:
     """`draw` of what is known already.
 
     Args:
@@ -58,7 +58,6 @@ def sheet(image: NDArray[np.uint8], maps: "Maps", jury: "Jury", *, focus_xyxy: S
         maps: of it.
         jury: labels and measure.
         focus_xyxy: the place to frame, pixels.
-        title: what it is called.
     """
     height, width = image.shape[:2]
     size_hw = max(1, round(height * WIDTH / width)), WIDTH
@@ -74,9 +73,9 @@ def sheet(image: NDArray[np.uint8], maps: "Maps", jury: "Jury", *, focus_xyxy: S
     enlarged = cv2.resize(predicted, (size_hw[1], size_hw[0]), interpolation=cv2.INTER_NEAREST)
     labels = shrink_labels(np.asarray(enlarged, np.uint8), size_hw, jury.schema)
     parts = [
-        _heading(title),
+        _heading("Where to look"),  # the page has the file's name above it
         picture,
-        _scale(_MEANS[jury.measure], top),
+        _scale(_MEANS[jury.measure]),
         _heading(f"What {jury.bundles[0].manifest.title} takes it for"),
         overlay(small, labels, jury.schema),
         legend(jury.schema, prediction=predicted, width=WIDTH),
@@ -114,19 +113,24 @@ def _heading(text: str) -> NDArray[np.uint8]:
     return np.asarray(paper)
 
 
-def _scale(text: str, top: float) -> NDArray[np.uint8]:
-    """The colours with their values."""
+def _scale(text: str) -> NDArray[np.uint8]:
+    """The colours with what they mean; their values differ from picture to picture, and say nothing to people."""
     size = WIDTH // 80
     face = Typeface(size)
     paper = Image.new("RGB", (WIDTH, 2 * size), _PAPER)
     pen = ImageDraw.Draw(paper)
     ramp = cv2.applyColorMap(np.linspace(0, 255, 256, dtype=np.uint8)[None], cv2.COLORMAP_VIRIDIS)
     strip = np.repeat(cv2.cvtColor(ramp, cv2.COLOR_BGR2RGB), size, axis=0)
-    face.draw(pen, (size, size // 2), f"{text}:  0", fill=_INK)
-    left = 2 * size + face.width(f"{text}:  0")
+    face.draw(pen, (size, size // 2), f"{text}:  not at all", fill=_INK)
+    left = 2 * size + face.width(f"{text}:  not at all")
     paper.paste(Image.fromarray(strip), (left, size // 2))
-    face.draw(pen, (left + 256 + size, size // 2), f"{top:.2f} and more", fill=_INK)
+    face.draw(pen, (left + 256 + size, size // 2), "most of all in this picture", fill=_INK)
     return np.asarray(paper)
+
+
+def _percent(value: float, highest: float) -> str:
+    """Of the highest in the list: what a value means by itself says nothing to people."""
+    return f"{value / highest if highest > 0 else 0.0:.0%}"
 
 
 def write_selection_page(
@@ -146,18 +150,21 @@ def write_selection_page(
         facts: what else is worth knowing: name → value.
         left_out: what was not looked at, a sentence each.
     """
+    measured = [
+        {"usefulness": choice.score * choice.novelty, "entropy": choice.entropy, "information": choice.information}
+        for choice in choices
+    ]
+    highest = {name: max(values[name] for values in measured) for name in measured[0]} if measured else {}
     rows = [
         {
             "place": place,
             "title": choice.frame.title,
             "reason": choice.reason,
-            "score": f"{choice.score:.4f}",
-            "entropy": f"{choice.entropy:.3f}",
-            "information": f"{choice.information:.4f}",
+            **{name: _percent(value, highest[name]) for name, value in values.items()},
             "novelty": f"{choice.novelty:.0%}",
             "source": jpeg_data_uri(pictures[f"{place:02d}"]) if f"{place:02d}" in pictures else "",
         }
-        for place, choice in enumerate(choices, 1)
+        for place, (choice, values) in enumerate(zip(choices, measured, strict=True), 1)
     ]
     text = render(
         "select.html.j2",

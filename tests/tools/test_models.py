@@ -175,6 +175,18 @@ def test_compare(workspace: Path, dataset: Path, capsys: pytest.CaptureFixture[s
     assert (data["same_test"], data["learned"]) == (False, {"both": 0, "a": 0, "b": 0})
 
 
+def test_compare_needs_two(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert models("compare", 1, "v1", "--workspace", workspace) == 2
+    assert "name two different versions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--name", "street"), ("show", 1), ("rollback",)])
+def test_no_workspace(tmp_path: Path, arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert models(*arguments, "--workspace", tmp_path) == 2
+    assert "it has no runs/mlflow.db" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_promote_by_force_and_roll_back(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--workspace", workspace)
     assert models("promote", 1, *where) == 0
@@ -300,9 +312,16 @@ def test_import_measures(
     tmp_path: Path, dataset: Path, tiny_bundle: ModelBundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("import", tiny_bundle.path, "--workspace", tmp_path, "--name", "street", "--dataset", dataset)
-    for _ in range(2):
+    where = ("--workspace", tmp_path, "--name", "street")
+    for already in ("", " already"):
         assert models(*arguments) == 0
-        assert capsys.readouterr().out == f"{tiny_bundle.path} is street v1. Next: sscloud models promote 1\n"
+        hint = f"Next: sscloud models promote 1 --workspace {tmp_path} --name street\n"
+        assert capsys.readouterr().out == f"{tiny_bundle.path} is street v1{already}. {hint}"
+    assert models("promote", 1, *where) == 0
+    capsys.readouterr()
+    assert models("import", tiny_bundle.path, *where) == 0
+    told = "street v1 already, and the champion: there is nothing more to do."
+    assert capsys.readouterr().out == f"{tiny_bundle.path} is {told}\n"
     version = Registry(default_uri(tmp_path), name="street").get(1)
     assert version.metrics["miou"] == 1
     assert version.test_snapshot

@@ -175,6 +175,12 @@ class TestPackage:
         printed = capsys.readouterr().out
         assert f"nuctl deploy --project-name cvat --path {folder} --file {folder / 'function-gpu.yaml'}" in printed
         assert f"sscloud serve {folder}" in printed
+        assert "self-contained" in printed
+        models = ["--models", str(tmp_path / "served"), "--overwrite"]
+        assert verb.run(parser.parse_args([str(bundle.path), "-o", str(folder), *models])) == 0
+        printed = capsys.readouterr().out
+        assert f"takes its models from {tmp_path / 'served'}: that folder must exist" in printed
+        assert "self-contained" not in printed
 
 
 class TestOpenVino:

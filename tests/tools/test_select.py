@@ -105,6 +105,7 @@ def test_chooses_explains_hands_out_and_pre_labels(street: Street, capsys: pytes
     page = (street.folder() / "select.html").read_text(encoding="utf-8")
     assert "What to label next" in page
     assert page.count("data:image/jpeg") == 2
+    assert ("<td>100%</td>" in page, "nats" in page, "max-width: 100%" in page) == (True, False, True)
     assert all(choice["reason"] in page.replace("&#39;", "'") for choice in result["choices"])
     assert {path.name for path in street.folder().iterdir()} == {"01.jpg", "02.jpg", "select.html", "selection.json"}
     # The next ones are others.
@@ -248,9 +249,11 @@ def test_jobs_at_which_somebody_works_are_handed_out_but_not_drawn_in(
 ) -> None:
     for job in street.jobs[1:]:
         set_state(street.client, job, state="in progress")
-    (street.workspace / "cycle.yaml").write_text("prelabel: {threshold: 0.25}\n")
+    (street.workspace / "cycle.yaml").write_text(f"project: {street.project}\nprelabel: {{threshold: 0.25}}\n")
+    arguments = street.arguments("--count", "4")
+    at = arguments.index("--project")
 
-    assert main(street.arguments("--count", "4")) == 0
+    assert main(arguments[:at] + arguments[at + 2 :]) == 0
 
     record = street.record()
     assert len(record["handout"]["jobs"]) == 4
@@ -319,6 +322,8 @@ def test_wrong_arguments(street: Street, tmp_path: Path, capsys: pytest.CaptureF
     assert "cannot be used" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(street.arguments("--count", "0"))
+    assert main(["select", "--workspace", str(tmp_path / "none")]) == 2
+    assert "No project is named. Give --project N" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import logging
@@ -31,7 +32,7 @@ from tools import watch as module
 from tools.cli import load, main
 from tools.deploy import NETWORK
 from tools.nuclio import parse_duration
-from tools.watch import WatchConfig, Watcher, finished_work, last_words, render_health
+from tools.watch import FinishedWork, WatchConfig, Watcher, finished_work, greeting, last_words, render_health
 from tools.watch_state import MOST_RETRIES, RETRY, LastRun, Pending, WatchState, read_state, write_state
 from tools.webhooks import MAX_BODY, Inbox, sign
 from tools.webhooks import SECRET as SECRET_VARIABLE
@@ -312,11 +313,11 @@ class TestWatcher:
         seen = iter(["a", "a", "a", "b", "b", ServerError("no answer"), RuntimeError("a defect"), "b"])
         last = "b"
 
-        def look() -> str:
+        def look() -> FinishedWork:
             found = next(seen, last)
             if isinstance(found, Exception):
                 raise found
-            return found
+            return FinishedWork(mark=found, latest=START)
 
         async def scenario(watcher: Watcher, clock: Clock) -> None:
             await until(lambda: cycles(tmp_path) == 2 and next(seen, None) is None)
@@ -326,6 +327,28 @@ class TestWatcher:
 
         assert cycles(tmp_path) == 2
         assert watcher.last_error is None or watcher.last_error[1] in ("no answer", "RuntimeError('a defect')")
+
+    @pytest.mark.parametrize(
+        ("after", "outcome", "project", "started"),
+        [(1, "accepted", 7, 0), (-1, "accepted", 7, 1), (1, None, 7, 1), (1, "abandoned", 7, 1), (1, "refused", 8, 1)],
+    )
+    def test_the_first_poll_knows_what_a_finished_cycle_has_seen(
+        self, tmp_path: Path, after: float, outcome: Any, project: int, started: int
+    ) -> None:
+        at = datetime.fromtimestamp(START + after, UTC).isoformat(timespec="seconds")
+        journal = Journal(number=3, started=at, ended=at, server="https://cvat", config={"project": project})
+        write_journal(tmp_path / "cycles", dataclasses.replace(journal, outcome=outcome))
+        seen = [FinishedWork(mark="a", latest=START)]
+
+        async def scenario(watcher: Watcher, clock: Clock) -> None:
+            await until(lambda: watcher.state.polled == "a" and watcher.state.running is None)
+            await until(lambda: cycles(tmp_path) == started)
+            assert read_state(tmp_path / "cycles/watch.json", now=START).polled == "a"
+            seen[0] = FinishedWork(mark="b", latest=START)
+            await until(lambda: cycles(tmp_path) == started + 1)  # later looks see what is new by themselves
+            await until(lambda: watcher.state.running is None)
+
+        attended(tmp_path, scenario, quiet=0.0, poll=0.02, look=lambda: seen[0])
 
     def test_a_webhook_is_registered_as_soon_as_cvat_answers(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -420,6 +443,19 @@ def test_finished_work_changes_with_finished_jobs(cvat_server: CvatStandin, jpeg
         seen.append(finished_work(server, project))
         seen.append(finished_work(server, project + 1))
     assert seen[0] == seen[1] == seen[3] != seen[2]
+    assert seen[0].latest == 0
+    assert abs(seen[2].latest - time.time()) < 60
+
+
+def test_a_line_for_people_says_what_it_waits_for(tmp_path: Path) -> None:
+    given = config(tmp_path, poll=300.0)
+
+    assert greeting(given, "http://127.0.0.1:8090/", webhooks=True) == (
+        "Waiting for finished jobs of project 7, by messages of CVAT at http://127.0.0.1:8090/webhook and a look at "
+        "CVAT every 5 min; a cycle starts 10 min after the last one. What is going on: http://127.0.0.1:8090/  "
+        "To end: Ctrl-C."
+    )
+    assert "by a look at CVAT every 5 min;" in greeting(given, "http://[::1]:8090/", webhooks=False)
 
 
 # --- on real sockets --------------------------------------------------------------------------------------------------

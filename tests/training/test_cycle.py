@@ -22,13 +22,16 @@ from training.config import Place, TrainConfig
 from training.cvat import Server, find_account
 from training.cycle import CycleResult, Deploy, held_changes, origin_of, run_cycle
 from training.cycle_config import CycleConfig
+from training.cycle_data import selection_of
 from training.cycle_plan import plan_cycle
+from training.fetch import fetch
 from training.gate import Decision
 from training.journal import STEPS, Journal, StepName, StepRecord, read_journals, write_journal
 from training.manifest import read_manifest
 from training.prelabel import Report
 from training.prelabel_store import PrelabelStore
 from training.registry import Registry
+from training.rule import Rule
 from training.workspace import Workspace, open_registry
 
 pytestmark = [
@@ -188,6 +191,9 @@ def test_the_first_cycle(learned: Street) -> None:
     text = page.read_text(encoding="utf-8")
     assert 'href="gate.html"' in text
     assert 'href="select.html"' in text
+    frames = learned.journal.step("select").facts["frames"]
+    assert all(frame in text for frame in frames)
+    assert ", ".join(map(str, result.jobs)) in text
     assert 'href="../../runs/cycle-0001/report.html"' in text
     assert all((page.parent / name).is_file() for name in ("gate.html", "gate.json", "select.html", "frames.json"))
 
@@ -242,16 +248,18 @@ def test_too_little_to_learn_from(make_street: Callable[..., Street], quick: lis
     plan = plan_cycle(street.server, street.root, street.config(), quiet=True)
     assert sorted(street.root.rglob("*")) == before
     assert (plan.is_enough, plan.finished, plan.changed, plan.champion, plan.pool) == (True, 6, 6, None, 6)
+    assert "6 of them would come in" in plan.lines()[0]
+    assert "if at least 2 of these are to learn from" in plan.lines()[3]
     assert "from scratch, because there is no champion" in plan.lines()[4]
     assert plan.to_dict()["enough"] is True
     result = street.cycle(street.config(min_new=10))
     assert result.outcome == "nothing"
-    assert "10 are needed ('min_new')" in result.summary
+    assert "and 'min_new' asks for 10." in result.summary
     assert f"({6 - result.new} others to validate or test)" in result.summary
     assert read_manifest(street.place.dataset) is not None
     assert not list(street.place.cycles.glob("0*"))
     plan = plan_cycle(street.server, street.root, street.config(min_new=10), quiet=True)
-    assert f"nothing to do: {10 - result.new} more are needed" in "\n".join(plan.lines())
+    assert f"nothing to do: at most {result.new} new or corrected, and 'min_new' asks for 10" in "\n".join(plan.lines())
     assert quick == []
 
 
@@ -266,6 +274,27 @@ def test_without_test_panoramas_nothing_is_trained(
         street.cycle()
     assert street.states()["check"] == "failed"
     assert quick == []
+
+
+def test_a_test_part_is_asked_for_before_anything_is_fetched(
+    make_street: Callable[..., Street], quick: list[TrainConfig]
+) -> None:
+    street = make_street(sites=3)
+    street.people.label(street.people.jobs)
+    none = street.config(test=0)
+    with pytest.raises(CycleError, match=r"step fetch: 'test' is 0 percent.*Leave 'test' out"):
+        street.cycle(none)
+    assert read_manifest(street.place.dataset) is None
+    fetch(street.server, street.place.dataset, selection=selection_of(none), rule=Rule(schema=LabelSchema.default()),
+          plan=none.split_plan(None), quiet=True)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"'test' is 0 percent.*dataset are frozen.*complete jobs of further groups"):
+        plan_cycle(street.server, street.root, none, quiet=True)
+    with pytest.raises(CycleError, match=r"step check: There are no test panoramas\. The splits of .* are frozen"):
+        street.cycle()
+    street.people.label(street.people.add_site(3))
+    assert street.cycle(street.config(min_new=0, gate={})).outcome == "accepted"
+    assert "warning: There are only 2 test panoramas, of 1 group (sites, as a rule): what" in "\n".join(street.said)
+    assert len(quick) == 1
 
 
 # --- where it goes on -------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def test_splits_are_as_before_where_nothing_is_asked_for() -> None:
         ({"project": 7, "prelabel": {"threshold": 2}}, r"'prelabel\.threshold' must be a probability"),
         ({"project": 7, "stages": "acceptance"}, "'stages' must be a list of texts"),
         ({"project": 7, "validation": 60, "test": 60}, "leave nothing to train on"),
+        ({"project": 7, "test": 0.2}, "'test' is a percentage: for 20% write 20, found 0.2"),
+        ({"project": 7, "projekt": 1}, "a cycle's configuration has no key 'projekt'"),
         ({"project": 7, "new_labels": 1}, "'new_labels' must be true or false"),
     ],
 )

@@ -296,6 +296,7 @@ class TestTheFirstModel:
 
         assert not decision.accepted
         assert decision.headline == "Улица v1 is refused."
+        assert decision.warnings == ("It finds nothing of what is there of Фон, Земля, Растительность, Здание: IoU 0.",)
         assert "not better than to call everything Фон" in show(decision) or "everything Земля" in show(decision)
 
 
@@ -410,7 +411,10 @@ class TestTheTestPart:
         assert "but that decides nothing. The 3 test panoramas are of only 3 groups, and the gate asks for 5" in refusal
         assert "min_groups" in refusal
         assert lenient.accepted
-        assert decide(None, challenger, three, device="cpu").accepted
+        first = decide(None, challenger, three, device="cpu")
+        assert first.accepted
+        assert first.warnings[0].startswith("There are only 3 test panoramas, of 3 groups (sites, as a rule): what")
+        assert "needs" not in (gate.says_little(1, 5, GateRules()) or "")
         assert gate.too_few_groups(three, GateRules()) is not None
         assert gate.too_few_groups(three, GateRules(min_groups=3)) is None
 
@@ -514,10 +518,13 @@ class TestPage:
     def test_of_a_first_model_and_of_a_damaged_one(self, test: DatasetFolder, bundle: MakeBundle) -> None:
         broken = bundle(2, lambda model: model.outc.conv.weight.fill_(math.nan))
         for model in (bundle(1), broken):
-            decision = decide(None, model, test, device="cpu")
-            page = gate.render_gate_page(decision, {})
+            pictures: dict[str, bytes] = {}
+            decision = decide(None, model, test, device="cpu", picture=pictures.__setitem__)
+            page = gate.render_gate_page(decision, pictures)
             assert decision.headline in page
             assert "What becomes of each class" not in page
+            assert ("How well each class is found" in page) is (model is not broken)
+            assert page.count("data:image/jpeg") == (0 if model is broken else 5)
 
     def test_everything_is_escaped(self, test: DatasetFolder, bundle: MakeBundle) -> None:
         decision = decide(bundle(3, name="<b>x"), bundle(4, name="<script>alert(1)</script>"), test, device="cpu")

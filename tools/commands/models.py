@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,12 +131,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _registry(args: argparse.Namespace, *, name: str | None = None) -> "Registry":
     from tools.tracking import store_uri
-    from training.registry import open_registry, registered_names
+    from training.registry import default_uri, open_registry, registered_names
 
     uri, named = store_uri(args.workspace), args.name or name
+    if args.action != "import" and uri == default_uri(args.workspace):
+        _require_store(args.workspace)
     if named is None and (settings := _settings(args.workspace)) is not None and settings.name in registered_names(uri):
         named = settings.name
     return open_registry(uri, name=named, cache=args.workspace / "runs" / "cache")
+
+
+def _require_store(workspace: Path) -> None:
+    """Refuse a folder without a registry: to ask its store would make one."""
+    from sscloud.errors import ConfigError
+
+    if not (workspace / "runs" / "mlflow.db").is_file():
+        raise ConfigError(
+            f"There is no model in {workspace.resolve()}: it has no runs/mlflow.db. If your workspace is another "
+            "folder, name it with --workspace; in a new one `sscloud cycle`, or `sscloud models import BUNDLE`, makes "
+            "the first version."
+        )
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
@@ -243,6 +258,10 @@ def _not_default(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from sscloud.errors import ConfigError
+
+    if args.a == args.b:
+        raise ConfigError(f"Version {args.a} is the same as itself: name two different versions.")
     registry = _registry(args)
     first, second = registry.get(args.a), registry.get(args.b)
     bundles = [registry.bundle(version.version) for version in (first, second)]
@@ -439,7 +458,7 @@ def _report(promotion: "Promotion", *, as_json: bool) -> int:
 def _import(args: argparse.Namespace) -> int:
     from sscloud.bundle import ModelBundle
     from tools.tracking import store_uri
-    from training.registry import registered_names
+    from training.registry import objection, registered_names
 
     bundle = ModelBundle.load(args.bundle)
     known = registered_names(store_uri(args.workspace))
@@ -456,8 +475,21 @@ def _import(args: argparse.Namespace) -> int:
         doubts = [reason for reason in decision.reasons if reason in (*decision.refusals, *decision.warnings)]
         for doubt in doubts:
             _say(doubt)
+    before = {each.version for each in registry.versions()}
     version = registry.import_bundle(bundle, metrics=metrics, test_snapshot=snapshot, reasons=doubts)
-    print(f"{args.bundle} is {version.title}. Next: sscloud models promote {version.version}")
+    found = f"{args.bundle} is {version.title}{' already' if version.version in before else ''}"
+    champion = registry.champion()
+    if champion is not None and champion.version == version.version:
+        print(f"{found}, and the champion: there is nothing more to do.")
+        return 0
+    command = ["sscloud", "models", "promote", str(version.version)]
+    if args.workspace != Path():
+        command += ["--workspace", str(args.workspace)]
+    if args.name is not None:
+        command += ["--name", args.name]
+    if objection(version, champion) is not None:  # the gate has to compare them first
+        command += ["--dataset", str(args.dataset or args.workspace / "dataset")]
+    print(f"{found}. Next: {shlex.join(command)}")
     return 0
 
 

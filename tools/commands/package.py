@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models",
         type=Path,
         metavar="FOLDER",
-        help="model volume, on the machine where the function will run, that the function follows: it serves what "
+        help="model volume that the function follows, at the same path on the machine that runs it: it serves what "
         "`sscloud models promote` puts there, without being built again (default: the bundle, for good)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER when it exists")
@@ -74,7 +74,13 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         tell=print,
     )
-    print(f"{args.output}: function {name}, self-contained.")
+    if args.models is None:
+        print(f"{args.output}: function {name}, self-contained.")
+    else:
+        print(
+            f"{args.output}: function {name}, which takes its models from {args.models.resolve()}: that folder must "
+            "exist at this very path on the machine that runs the function."
+        )
     folder = shlex.quote(str(args.output))
     lean = args.backend == "openvino"
     deploy = f"sscloud deploy {folder}" if lean else f"sscloud deploy {folder} --gpu     # or without --gpu"

@@ -42,7 +42,7 @@ opinions, or what --bundle names: the first one draws.
 
 {CREDENTIALS}"""
 EXAMPLES = """\
-  sscloud select --project 7 --count 20
+  sscloud select --count 20                                       # of the project in cycle.yaml
   sscloud select --project 7 --count 20 --dry-run                 # see selections/0001/select.html
   sscloud select --project 7 --count 10 --assignee anna --way task
   sscloud select --project 7 --count 10 --images new-scans        # which of these are worth uploading?
@@ -53,7 +53,9 @@ Exit status: 0 done; 1 some panoramas could not be looked at or pre-labelled (li
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("--project", type=_from_one, required=True, metavar="N", help="number of the project")
+    parser.add_argument(
+        "--project", type=_from_one, metavar="N", help="project in CVAT (default: that of WORKSPACE/cycle.yaml)"
+    )
     parser.add_argument("--count", type=_from_one, default=20, metavar="K", help="panoramas to choose (default: 20)")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="choose among the panoramas of a folder instead")
     handing = parser.add_argument_group("handing out")
@@ -109,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     """Choose, hand out, pre-label."""
     from sscloud.errors import ConfigError
     from tools.inputs import list_images
+    from training.cycle_config import settled_project
     from training.handout import hand_out
     from training.prelabel import Report
     from training.prelabel_store import PrelabelStore
@@ -117,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.images is not None and args.way == "jobs":
         raise ConfigError("Panoramas of a folder are in no job yet. Leave --way jobs out.")
+    args.project = settled_project(args.project, args.workspace)
     folder = args.output or begin_folder(args.workspace, dry_run=args.dry_run)
     settings = _settings(args)
     with (

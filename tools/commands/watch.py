@@ -73,11 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from sscloud.errors import ConfigError
-    from tools.watch import WatchConfig, finished_work, watch
+    from tools.watch import FinishedWork, WatchConfig, finished_work, watch
     from tools.webhooks import SECRET, check_secret, check_target, register
     from training.cvat import find_account
+    from training.cycle_config import settled_project
 
-    project = _project(args)
+    project = settled_project(args.project, args.workspace)
     secret = os.environ.get(SECRET) or None
     if secret is not None:
         check_secret(secret)
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.register is not None or args.poll is not None:
         find_account(os.environ, profile=args.profile)  # without a login nothing of it will ever work
 
-    def look() -> str:
+    def look() -> FinishedWork:
         with open_server(args) as server:
             return finished_work(server, project)
 
@@ -140,21 +141,6 @@ def _command(args: argparse.Namespace, project: int) -> tuple[str, ...]:
         if (value := getattr(args, name)) is not None:
             flags += [f"--{name}={value}"]
     return (sys.executable, "-m", "tools.cli", "cycle", *flags, *args.cycle)
-
-
-def _project(args: argparse.Namespace) -> int:
-    from sscloud.errors import ConfigError
-
-    if args.project is not None:
-        return int(args.project)
-    from training.cycle_config import SETTINGS, read_settings
-
-    found = read_settings(args.workspace / SETTINGS).get("project")
-    if type(found) is not int:
-        raise ConfigError(
-            f"No project is named. Give --project N, or write 'project: N' into {args.workspace / SETTINGS}."
-        )
-    return found
 
 
 def _minutes(text: str) -> float:
