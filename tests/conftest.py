@@ -32,6 +32,12 @@ class Predicted(NamedTuple):
     """(H, W) distance of the two largest logits: where it is tiny, rounding decides."""
 
 
+@pytest.fixture(autouse=True)
+def no_foreign_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow leaves the address of the store that was used last in the environment: the next test has one of its own."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """The networks here are tiny: threads that wait for each other cost many times what they save."""

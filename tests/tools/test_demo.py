@@ -22,6 +22,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return output, done.stdout
 
 
+@pytest.mark.slow
 def test_leaves_every_artefact(finished: tuple[Path, str]) -> None:
     output, _ = finished
     assert (output / "scenes/imgs/3_normals.jpg").is_file()
@@ -29,6 +30,7 @@ def test_leaves_every_artefact(finished: tuple[Path, str]) -> None:
     assert (output / "function/function-gpu.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_prints_scores_and_times(finished: tuple[Path, str]) -> None:
     _, text = finished
     assert re.search(r"mIoU \d\.\d{3}", text)
@@ -37,12 +39,14 @@ def test_prints_scores_and_times(finished: tuple[Path, str]) -> None:
         assert re.search(rf"^  {stage} +\d+\.\d s", text, re.MULTILINE), stage
 
 
+@pytest.mark.slow
 def test_answers_are_the_predictions(finished: tuple[Path, str]) -> None:
     page = (finished[0] / "report.html").read_text(encoding="utf-8")
     assert "the same, byte for byte" in page
     assert re.search(r"differ from the predicted label maps in 0 of \d+ pixels", page)
 
 
+@pytest.mark.slow
 def test_unseen_scenes_are_other_scenes(finished: tuple[Path, str]) -> None:
     learned = {file.read_bytes() for file in (finished[0] / "scenes/imgs").iterdir()}
     assert not learned & {file.read_bytes() for file in (finished[0] / "unseen/imgs").iterdir()}

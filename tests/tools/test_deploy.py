@@ -245,7 +245,9 @@ class TestSuccess:
 
 
 class TestFailureBringsThePreviousBack:
-    @pytest.mark.parametrize("fault", ["build", "start", "port", "unhealthy"])
+    @pytest.mark.parametrize(
+        "fault", ["build", "unhealthy", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("start", "port"))]
+    )
     def test_of_nuclio(self, machine: Machine, light: Callable[..., Path], fault: str) -> None:
         port = free_port()
         before = machine.deploy(light("one"), port=port)

@@ -94,6 +94,7 @@ def test_other_labels(data: Path, tiny_bundle: ModelBundle, capsys: pytest.Captu
     assert "Забор" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_same(
     data: Path, tiny_bundle: ModelBundle, tmp_path: Path, make_panorama: Callable[..., NDArray[np.uint8]]
 ) -> None:

@@ -378,6 +378,7 @@ main(sys.argv[1:])
 """Dies before (even moments) or after (odd ones) one of the writes of metrics.csv and checkpoints."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 2, 3, 4, 6, 7, 10))])
 def test_killed_and_resumed_equals_undisturbed(make_dataset: MakeDataset, tmp_path: Path, moment: int) -> None:
     data, whole, run = make_dataset(3), tmp_path / "whole", tmp_path / "killed"
