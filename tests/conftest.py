@@ -34,7 +34,7 @@ class Predicted(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def no_foreign_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow leaves the address of the store that was used last in the environment: the next test has one of its own."""
+    """MLflow leaves the address of the last store in the environment; the next test has a store of its own."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
