@@ -15,6 +15,7 @@ def test_a_step_in_a_process_of_its_own_needs_what_was_counted(capsys: pytest.Ca
     assert "| 8 | 6 | 384x192 | 1 | yes | no | no |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plans_within_eight_gigabytes(capsys: pytest.CaptureFixture[str]) -> None:
     cases = planned(64)
 

@@ -254,6 +254,7 @@ class TestSignals:
             assert waiting.result().status == 200, "it had come before"
             assert "Traceback" not in host.log
 
+    @pytest.mark.slow
     def test_a_second_ctrl_c_does_not_wait(self, tmp_path: Path, run_host: Any) -> None:
         with run_host(make_function(tmp_path / "function")) as host:
             self.start(host, 60)
@@ -263,6 +264,7 @@ class TestSignals:
             host.process.send_signal(signal.SIGINT)
             host.process.wait(15)
 
+    @pytest.mark.slow
     def test_it_waits_no_longer_than_the_function_may_work(self, tmp_path: Path, run_host: Any) -> None:
         with run_host(make_function(tmp_path / "function", eventTimeout="2s")) as host:
             running = self.start(host, 60)
@@ -442,6 +444,7 @@ class TestStartAndStop:
         assert "The function sscloud-model in" in error
         assert f"does not start: {message}" in error
 
+    @pytest.mark.slow
     def test_a_function_that_takes_too_long_to_start(self, tmp_path: Path, start_serve: Any) -> None:
         folder = make_function(tmp_path / "function", "import time; time.sleep(60)", readinessTimeoutSeconds=1)
         error = self.failed_start(start_serve, folder, tmp_path, "--port", "0")

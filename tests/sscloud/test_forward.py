@@ -157,7 +157,7 @@ class TestOutOfMemory:
             make_bundle(Architecture(classes=6, base_width=2, wrap=False)), device=CPU, precision="fp32"
         )
 
-    @pytest.fixture(params=ERRORS, ids=str)
+    @pytest.fixture(params=[ERRORS[0], *(pytest.param(error, marks=pytest.mark.slow) for error in ERRORS[1:])], ids=str)
     def full(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         """Makes the network fail on inputs above so many pixels, as a device of that memory would."""
         plain = UNet.forward

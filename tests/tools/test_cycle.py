@@ -143,6 +143,7 @@ def stop_when(town: Town, condition: Callable[[Journal], bool], *, by: signal.Si
     assert town.nursery.wait() == status, town.log.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle(make_town: Callable[[str], Town]) -> None:
     whole, killed = make_town("whole"), make_town("killed")
     result = json.loads(whole.run("--json"))

@@ -213,6 +213,7 @@ class TestSuccess:
         port = free_port()
         assert machine.deploy(light(port=port)).port == port
 
+    @pytest.mark.slow
     def test_a_port_that_docker_gave_is_not_kept(
         self, machine: Machine, light: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -235,6 +236,7 @@ class TestSuccess:
             machine.update(containers={"somebody": [second, 2**22 + 1]})
             assert machine.deploy(light()).port == third
 
+    @pytest.mark.slow
     def test_a_nuctl_that_fails_now_and_then(self, machine: Machine, light: Callable[..., Path]) -> None:
         """While it waits for the function: that one is up, and stays up."""
         machine.update(failing_gets_after=2)
@@ -276,6 +278,7 @@ class TestFailureBringsThePreviousBack:
         assert back == [NAME, "--project-name", "cvat", "--file", config, *ENDING]
         assert not Path(config).exists()
 
+    @pytest.mark.slow
     def test_of_a_nuctl_that_goes_on_failing(self, machine: Machine, light: Callable[..., Path]) -> None:
         before = machine.deploy(light("one"), port=free_port())
         two = light("two", answer=BUILDING)
@@ -333,6 +336,7 @@ class TestFailureBringsThePreviousBack:
         assert f"The previous image runs again: {before.image}." in text
         assert machine.answer() == "Земля"
 
+    @pytest.mark.slow
     def test_one_that_never_ran_is_not_brought_back(self, machine: Machine, light: Callable[..., Path]) -> None:
         machine.update(fault="build")
         for name in ("one", "two"):

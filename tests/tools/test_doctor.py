@@ -525,6 +525,7 @@ class TestCommand:
         assert f"ok       port: {NAME} answers at its fixed port" in done.stdout
         assert "0 problems." in done.stderr
 
+    @pytest.mark.slow
     def test_a_hostile_name_stays_text(self, tmp_path: Path) -> None:
         functions = {"evil\x1b[2J\nok       all is well": entry(spec__description=None)}
         with dashboard(json.dumps(functions).encode()) as (url, _):
@@ -540,6 +541,7 @@ class TestCommand:
         assert "problem  CVAT:" in done.stdout
         assert "wrong-and-secret" not in done.stdout + done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("arguments", [("--nuclio", "x"), ("--timeout", "0"), ("--timeout", "nan")])
     def test_wrong_arguments(self, arguments: tuple[str, str]) -> None:
         done = run_doctor(*arguments)

@@ -57,6 +57,7 @@ def test_convert_fills_the_old_folders(converted: Path) -> None:
         assert np.array_equal(mask, render(5, 2, width=128).label_map)
 
 
+@pytest.mark.slow
 def test_train_writes_checkpoints_that_predict_reads(converted: Path) -> None:
     flags = ["--epochs", "1", "--batch-size", "1", "--scale", "0.5", "--amp", "--classes", "68", "--base-width", "4"]
     done = script("train.py", *flags, cwd=converted)

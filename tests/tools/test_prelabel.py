@@ -128,6 +128,7 @@ def test_what_could_not_be_done_is_an_exit_status(
     assert "2 frames pre-labelled" in captured.out
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(street: Street) -> None:
     """SIGKILL while the server answers: it has written, and the answer is never read."""
     street.cvat.fail("PATCH", ANNOTATIONS, Slow(seconds=0.5, bytes=10), skip=1)

@@ -79,6 +79,7 @@ class TestChoose:
         assert all(0 <= window.row <= 100 - 32 and 0 <= window.column < 200 for window in windows)
         assert {window.item for window in windows} == {0, 1}
 
+    @pytest.mark.slow
     def test_some_straddle_the_seam_of_panoramas_only(self, make_item: MakeItem) -> None:
         items = [make_item("a")]
         for rare in (0.0, 1.0):

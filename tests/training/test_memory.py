@@ -119,6 +119,7 @@ def test_advice_names_the_largest_batch_and_scale_that_fit() -> None:
     assert "--amp" not in text
 
 
+@pytest.mark.slow
 def test_advice_offers_mixed_precision_when_that_is_enough() -> None:
     available = (bytes_of(2) + bytes_of(2, amp=True)) // 2
 
@@ -130,6 +131,7 @@ def test_advice_for_one_panorama_names_a_scale() -> None:
     assert "--batch-size 1 --scale 0.3" in advice(1, bytes_of(scale=0.3) + 1)
 
 
+@pytest.mark.slow
 def test_advice_names_checkpointing_and_crops() -> None:
     available = step_bytes(SMALL, 1, (512, 1024), amp=False, checkpointing=True)
     text = advice(1, available, scale=1.0)
@@ -202,6 +204,7 @@ class TestPlan:
         assert not found.checkpointing
         assert self.plan(16, scale=0.1, batch_size=7).accumulate == 7
 
+    @pytest.mark.slow
     def test_what_was_given_is_kept(self) -> None:
         found = self.plan(64, scale=0.5, crop=(640, 9999), checkpointing=True, amp=True, ema=True)
         assert found.crop == (640, 4096)

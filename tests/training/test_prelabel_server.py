@@ -535,7 +535,7 @@ def test_a_lost_answer_starts_nothing_twice(bench: Bench, *, before: bool) -> No
     assert bench.model.calls == 3
 
 
-@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.parametrize("replacing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_anywhere_and_run_again(bench: Bench, *, replacing: bool) -> None:
     """Between any two of its steps: it ends in the same shapes as a run that nobody killed.
 

@@ -203,6 +203,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_training_improves_the_loss(make_dataset: MakeDataset, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fit(make_dataset(4), run, epochs=12, validation=25.0)
@@ -323,6 +324,7 @@ def test_an_existing_run_is_not_touched(make_dataset: MakeDataset, tmp_path: Pat
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_sizes_that_do_not_batch(make_dataset: MakeDataset, tmp_path: Path) -> None:
     data = make_dataset(3)
     for folder in ("imgs", "masks"):
@@ -606,6 +608,7 @@ def test_the_average_of_the_weights_is_kept_as_the_best(make_dataset: MakeDatase
     assert torch.equal(written["outc.conv.weight"], state["state_dict"][name])
 
 
+@pytest.mark.slow
 def test_the_average_is_validated_and_resumed(make_dataset: MakeDataset, tmp_path: Path) -> None:
     data, run, whole = make_dataset(4), tmp_path / "run", tmp_path / "whole"
     fit(data, whole, epochs=4, ema=0.8)
@@ -693,6 +696,7 @@ def test_other_losses(make_dataset: MakeDataset, tmp_path: Path, loss: str) -> N
     assert np.isfinite(rows).all()
 
 
+@pytest.mark.slow
 def test_the_azimuth_is_found_in_the_data(tmp_path: Path) -> None:
     data = tmp_path / "data"
     generate(data, count=3, seed=5, width=256)
@@ -749,6 +753,7 @@ def test_new_corrections_are_told_from_what_is_known(
     assert state["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_a_moved_run_remembers_its_best(make_dataset: MakeDataset, tmp_path: Path) -> None:
     data, run = make_dataset(3), tmp_path / "run"
     settings = config(data, epochs=3, learning_rate=1e-9)

@@ -140,6 +140,7 @@ def test_blind_cone_is_black_background() -> None:
     assert (scan.label_map[74] != 0).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_classes_are_as_unbalanced_as_in_life() -> None:
     shares = {label_id: [] for label_id in (0, 2, 5, 6, 65, 66)}
     for index in range(1, 10):
@@ -183,6 +184,7 @@ def test_dataset_layout(tmp_path: Path) -> None:
         assert np.abs(np.asarray(image, float) - scan.image).mean() < 20
 
 
+@pytest.mark.slow
 def test_two_goes_equal_one(tmp_path: Path) -> None:
     generate(tmp_path / "one", count=2, seed=3, width=WIDTH)
     generate(tmp_path / "two", count=1, seed=3, width=WIDTH)
