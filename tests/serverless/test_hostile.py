@@ -469,6 +469,7 @@ class TestFuzz:
         max_leaves=10,
     )
 
+    @pytest.mark.slow
     @settings(
         max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )

@@ -203,6 +203,7 @@ class TestTrouble:
             answers = list(pool.map(lambda _: host.post(wish("sleep", seconds=0.2)), range(4)))
         assert [answer.status for answer in answers] == [200] * 4
 
+    @pytest.mark.slow
     def test_503_when_the_worker_stays_busy(self, tmp_path: Path, run_host: Any) -> None:
         folder = make_function(tmp_path / "busy", workerAvailabilityTimeoutMilliseconds=50)
         with run_host(folder) as host:

@@ -534,6 +534,7 @@ class TestCommand:
         assert "The function evil\ufffd[2J ok all is well has no description" in done.stdout
         assert "\x1b" not in done.stdout
 
+    @pytest.mark.slow
     def test_problems_make_it_fail(self, cvat_server: "CvatStandin", nuclio: str) -> None:
         environment = {**cvat_server.site.environment(), "CVAT_PASSWORD": "wrong-and-secret"}
         done = run_doctor("--nuclio", nuclio, **environment)

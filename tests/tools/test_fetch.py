@@ -307,7 +307,7 @@ def moments(kills: int, bench: Bench) -> list[Moment]:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("incremental", [False, True], ids=["new", "incremental"])
+@pytest.mark.parametrize("incremental", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new", "incremental"])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     cvat_server: CvatStandin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, incremental: bool, kills: int
 ) -> None:

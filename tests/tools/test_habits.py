@@ -89,6 +89,7 @@ def test_predict_names_its_output_as_before(converted: Path) -> None:
     (converted / "data/imgs/1_normals_OUT.png").unlink()
 
 
+@pytest.mark.slow
 def test_predict_says_when_the_classes_differ(converted: Path) -> None:
     save_checkpoint(
         converted / "three.pth", UNet(Architecture(classes=3, base_width=4, wrap=False)), label_ids=[0, 2, 65]

@@ -342,6 +342,7 @@ def test_import_keeps_what_its_scores_are_worth(
     assert version.reasons[1].startswith(text)
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own(workspace: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}

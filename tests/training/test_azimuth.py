@@ -71,6 +71,7 @@ class TestFinds:
         azimuth = Azimuth(direction=direction, column_0=column_0)
         assert find_azimuth((under(azimuth, scan) for scan in scans()), SPHERE) == azimuth
 
+    @pytest.mark.slow
     def test_what_the_scanner_was_told(self) -> None:
         azimuth = Azimuth(direction=-1, column_0=270.0)
         assert find_azimuth(scans(azimuth), SPHERE) == azimuth

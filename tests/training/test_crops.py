@@ -168,6 +168,7 @@ def test_an_epoch_has_as_many_pixels_as_the_panoramas(make_item: MakeItem) -> No
     assert crops_of(items, crop=(25, 50)).places_of([0, 2]) == [*range(16), 32, 33]
 
 
+@pytest.mark.slow
 def test_known_panoramas_come_less_often(make_item: MakeItem) -> None:
     items = [make_item("a"), make_item("b")]
     shown = {

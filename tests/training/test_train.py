@@ -260,6 +260,7 @@ def test_frozen_splits_without_validation(make_dataset: MakeDataset, tmp_path: P
     assert weights(tmp_path / "run", "best") == weights(tmp_path / "run", "last")
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(make_dataset: MakeDataset, tmp_path: Path) -> None:
     data = make_dataset(3)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
